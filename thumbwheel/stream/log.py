@@ -47,7 +47,8 @@ class Producer(Protocol):
 
     def send(self, topic: str, key: bytes, value: bytes, headers: Headers = ()) -> Future[Position]:
         """Queues a record and returns at once. The future resolves when the broker has acknowledged it (acks=all), or
-        fails with `errors.Unavailable` after the delivery deadline, or `errors.ResourceExhausted` when the queue is full.
+        fails with `errors.Unavailable` after the delivery deadline, or with `errors.ResourceExhausted` when the queue
+        is full.
         """
         ...
 
@@ -103,8 +104,10 @@ class Log(Protocol):
         """A new producer."""
         ...
 
-    def consumer(self, topics: Sequence[str], *, group: str, start: Mapping[TopicPartition, int] | None = None) -> Consumer:
-        """A consumer of all partitions of `topics`, from `start`, or from the oldest record where `start` says nothing."""
+    def consumer(
+        self, topics: Sequence[str], *, group: str, start: Mapping[TopicPartition, int] | None = None
+    ) -> Consumer:
+        """Reads all partitions of `topics`, from `start`, or from the oldest record where `start` says nothing."""
         ...
 
     def close(self) -> None:

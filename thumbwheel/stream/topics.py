@@ -12,7 +12,7 @@ DEADLETTER = "thumbwheel.deadletter.v1"
 
 
 def topics(*, partitions: int, replication: int) -> tuple[Topic, ...]:
-    """All topics. Keys keep the order within a prompt, so more partitions are safe; versions and dead letters need one."""
+    """All topics. Keys keep the order within a prompt, so more partitions are safe."""
     return (
         Topic(GENERATIONS, partitions, replication),
         Topic(FEEDBACK, partitions, replication),
