@@ -171,7 +171,7 @@ def from_rpc_error(error: grpc.RpcError) -> ThumbwheelError:
     """The typed error that a gRPC status stands for, whoever sent it."""
     assert isinstance(error, grpc.Call | grpc.aio.AioRpcError)
     code, text = error.code(), error.details() or ""
-    status = rpc_status.from_call(error)  # type: ignore[arg-type]  # AioRpcError has the two methods it uses
+    status = rpc_status.from_call(error)
     info, field, retry = error_details_pb2.ErrorInfo(), "", 0.0
     for detail in status.details if status is not None else ():
         bad, delay = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()

@@ -1,0 +1,101 @@
+"""Settings: one frozen, typed class a process, read from flags and `THUMBWHEEL_*` variables, validated at the start.
+
+Every process has a subclass of `Settings` in its own `config.py`; a field is documented beneath it, and that text is
+what `--help` shows. A value that follows from others is a property, not a field.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn, Self
+
+from platformdirs import user_data_path
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Splits "host:port". Raises ValueError where it is not of that form."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{address!r} is not host:port, such as 127.0.0.1:50051")
+    return host, int(port)
+
+
+def _checked_addresses(value: str) -> str:
+    for address in value.split(","):
+        split_address(address)
+    return value
+
+
+Address = Annotated[str, AfterValidator(_checked_addresses)]
+"""An address as "host:port"."""
+
+
+class Settings(BaseSettings):
+    """What every process needs to know."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix="THUMBWHEEL_",
+        use_attribute_docstrings=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        validate_default=True,
+    )
+
+    home: Path = Field(default_factory=lambda: user_data_path("thumbwheel"))
+    """Folder with all state of this deployment: keys, versions, database, training checkpoints, logs."""
+
+    listen: Address = "127.0.0.1:50050"
+    """Address of the gRPC server; port 0 takes any free one."""
+
+    metrics_port: int = Field(default=9100, ge=0, le=65535)
+    """Port of the Prometheus metrics, on the same host as `listen`."""
+
+    bootstrap_servers: Address = "127.0.0.1:9092"
+    """Kafka brokers, separated by commas."""
+
+    topic_partitions: int = Field(default=1, ge=1)
+    """Partitions of a topic that is created because it is missing."""
+
+    topic_replication: int = Field(default=1, ge=1)
+    """Replicas of a topic that is created because it is missing."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe messages to log."""
+
+    @property
+    def keys_path(self) -> Path:
+        """Folder of the signing keys."""
+        return self.home / "keys"
+
+    @property
+    def store_path(self) -> Path:
+        """Folder of the published versions."""
+        return self.home / "store"
+
+    @classmethod
+    def from_command_line(cls, argv: Sequence[str] | None = None, *, prog: str, description: str = "") -> Self:
+        """Reads flags, then variables, then defaults. Ends the process with a clear message where a value is wrong."""
+        source = type(cls.__name__, (cls,), {"__doc__": description or cls.__doc__, "__module__": cls.__module__})
+        try:
+            settings: Self = source(_cli_parse_args=list(sys.argv[1:] if argv is None else argv), _cli_prog_name=prog)
+            return settings
+        except ValidationError as error:
+            _explain(error, prog)
+
+
+def _explain(error: ValidationError, prog: str) -> NoReturn:
+    for problem in error.errors():
+        field = ".".join(str(part) for part in problem["loc"])
+        flag = "--" + field.replace("_", "-")
+        message = f"{prog}: {flag} (or THUMBWHEEL_{field.upper()}): {problem['msg']}"
+        print(f"{message}; it is {problem['input']!r}.", file=sys.stderr)
+    print(f"See `{prog} --help`.", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,239 @@
+"""The life of a gRPC server, the same for every service.
+
+start metrics → bind → background tasks → SERVING … SIGTERM → NOT_SERVING → drain → stop
+
+Background tasks are supervised: one that raises, or ends when nobody asked it to, stops the process with an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import Counter, Gauge, Histogram
+
+from thumbwheel import errors, telemetry
+from thumbwheel.config import split_address
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 16 * 2**20
+TENANT_KEY = "thumbwheel-tenant"
+DEFAULT_TENANT = "default"
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+]
+
+HANDLED = Counter(
+    "grpc_server_handled_total", "Calls finished, by status.", ["grpc_service", "grpc_method", "grpc_code"]
+)
+STARTED = Counter("grpc_server_started_total", "Calls begun.", ["grpc_service", "grpc_method"])
+HANDLING = Histogram(
+    "grpc_server_handling_seconds",
+    "Time from the start of a call to its end.",
+    ["grpc_service", "grpc_method"],
+    buckets=(0.001, 0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
+)
+IN_FLIGHT = Gauge("thumbwheel_calls_in_flight", "Calls being handled now.")
+
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Register = Callable[[grpc.aio.Server], None]
+Background = Callable[[], Awaitable[None]]
+
+
+def tenant(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    """The tenant of a call, from its metadata."""
+    for key, value in context.invocation_metadata() or ():
+        if key == TENANT_KEY:
+            return value if isinstance(value, str) else value.decode()
+    return DEFAULT_TENANT
+
+
+@contextlib.asynccontextmanager
+async def _call(method: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+    """Counts and times one call, and turns our exceptions into statuses with details."""
+    service, _, name = method.lstrip("/").partition("/")
+    STARTED.labels(service, name).inc()
+    started, code = time.perf_counter(), grpc.StatusCode.OK
+    IN_FLIGHT.inc()
+    try:
+        yield
+    except errors.ThumbwheelError as error:
+        code = error.code
+        context.set_trailing_metadata((("grpc-status-details-bin", errors.to_status(error).SerializeToString()),))
+        await context.abort(code, str(error))
+    except asyncio.CancelledError:
+        code = grpc.StatusCode.CANCELLED
+        raise
+    except grpc.aio.AbortError:
+        code = context.code()
+        raise
+    except Exception:
+        code = grpc.StatusCode.INTERNAL
+        logger.exception("%s failed", method)
+        await context.abort(code, f"{name} failed inside the service; its log says why.")
+    finally:
+        IN_FLIGHT.dec()
+        HANDLED.labels(service, name, code.name).inc()
+        HANDLING.labels(service, name).observe(time.perf_counter() - started)
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every handler, unary or streaming, in `_call`."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """The handler, wrapped; health and reflection are left alone."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith("/grpc."):
+            return handler
+        inner: Any = handler
+        if inner.response_streaming:
+            produce = inner.stream_stream if inner.request_streaming else inner.unary_stream
+
+            async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+                async with _call(method, context), contextlib.aclosing(produce(request, context)) as responses:
+                    async for response in responses:
+                        yield response
+
+            make: Any = (
+                grpc.stream_stream_rpc_method_handler
+                if inner.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
+            wrapped: Handler = make(stream, inner.request_deserializer, inner.response_serializer)
+            return wrapped
+        answer = inner.stream_unary if inner.request_streaming else inner.unary_unary
+
+        async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            async with _call(method, context):
+                return await answer(request, context)
+
+        make = grpc.stream_unary_rpc_method_handler if inner.request_streaming else grpc.unary_unary_rpc_method_handler
+        wrapped = make(unary, inner.request_deserializer, inner.response_serializer)
+        return wrapped
+
+
+def _bind(server: grpc.aio.Server | grpc.Server, listen: str, process: str) -> int:
+    try:
+        port = server.add_insecure_port(listen)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise errors.PortInUse(
+            f"{process} cannot listen on {listen}: the port is taken.",
+            remedy="Choose another with --listen, or stop the process that has it.",
+        )
+    return port
+
+
+async def serve(
+    *,
+    process: str,
+    listen: str,
+    metrics_port: int,
+    services: Sequence[str],
+    register: Register,
+    background: Mapping[str, Background],
+    drain_seconds: float = 30.0,
+) -> None:
+    """Serves until SIGTERM or SIGINT; then refuses new calls, lets those in flight end, and returns.
+
+    `services` are full gRPC names, for health and reflection. Raises `errors.PortInUse`, or whatever stopped a
+    background task. Calls still running `drain_seconds` after the signal are cancelled.
+    """
+    host, _ = split_address(listen)
+    metrics = telemetry.serve_metrics(metrics_port, process=process, host=host)
+    server = grpc.aio.server(interceptors=[CallInterceptor()], options=_OPTIONS)
+    register(server)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    port = _bind(server, listen, process)
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop.set)
+    tasks = {asyncio.create_task(_forever(run), name=name) for name, run in background.items()}
+    stopping = asyncio.create_task(stop.wait(), name="stop")
+    try:
+        await server.start()
+        for name in ("", *services):
+            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        logger.info("serving", extra={"address": f"{host}:{port}", "metrics_port": metrics.server_port})
+        done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done - {stopping}:
+            logger.critical("background task %s stopped", task.get_name(), exc_info=task.exception())
+            raise errors.Internal(f"{process} stopped: its task {task.get_name()} ended: {task.exception()}.")
+    finally:
+        await health_servicer.enter_graceful_shutdown()
+        await server.stop(drain_seconds)
+        for task in (*tasks, stopping):
+            task.cancel()
+        await asyncio.gather(*tasks, stopping, return_exceptions=True)
+        metrics.shutdown()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(signum)
+        logger.info("stopped")
+
+
+async def _forever(run: Background) -> None:
+    await run()
+    raise errors.Internal("It returned, but was meant to run for ever.")
+
+
+@contextlib.contextmanager
+def health_server(*, process: str, listen: str, metrics_port: int) -> Iterator[Callable[[bool], None]]:
+    """Health and metrics for a process that is not asyncio, served from threads. Yields the switch: ready or not."""
+    host, _ = split_address(listen)
+    metrics = telemetry.serve_metrics(metrics_port, process=process, host=host)
+    server = grpc.server(futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="health"), options=_OPTIONS)
+    servicer = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    _bind(server, listen, process)
+
+    def ready(serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        servicer.set("", status.SERVING if serving else status.NOT_SERVING)
+
+    ready(False)
+    server.start()
+    try:
+        yield ready
+    finally:
+        servicer.enter_graceful_shutdown()
+        server.stop(1.0).wait(5.0)
+        metrics.shutdown()
+
+
+def run(process: str, main: Awaitable[None]) -> None:
+    """Runs a service to its end. A known error is logged and ends the process with status 1."""
+
+    async def _main() -> None:
+        await main
+
+    try:
+        asyncio.run(_main())
+    except errors.ThumbwheelError as error:
+        logger.critical("%s", error)
+        raise SystemExit(1) from None
