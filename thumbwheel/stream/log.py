@@ -73,7 +73,11 @@ class Consumer(Protocol):
         ...
 
     def positions(self) -> dict[TopicPartition, int]:
-        """The offset of the next record of every partition."""
+        """The offset of the next record of every partition. Keep them together with `topic_ids`."""
+        ...
+
+    def topic_ids(self) -> dict[str, str]:
+        """The id of every topic that `positions` are offsets of. A topic that was lost and made anew has another."""
         ...
 
     def seek(self, positions: Mapping[TopicPartition, int]) -> None:
@@ -81,7 +85,7 @@ class Consumer(Protocol):
         ...
 
     def end_offsets(self) -> dict[TopicPartition, int]:
-        """One past the last offset of every partition, for lag."""
+        """One past the last offset of every partition, for lag. Raises `errors.Unavailable`."""
         ...
 
     def commit(self, positions: Mapping[TopicPartition, int]) -> None:
@@ -97,7 +101,13 @@ class Log(Protocol):
     """A broker."""
 
     def ensure_topics(self, topics: Iterable[Topic], timeout: float) -> None:
-        """Creates those topics that do not exist."""
+        """Creates those topics that do not exist, waiting for the broker where need be. Raises `errors.Unavailable`
+        after `timeout` seconds.
+        """
+        ...
+
+    def topic_ids(self, topics: Sequence[str], timeout: float) -> dict[str, str]:
+        """The ids of those of the topics that exist, for `LossDetector.seen`. Raises `errors.Unavailable`."""
         ...
 
     def producer(self) -> Producer:
@@ -105,9 +115,18 @@ class Log(Protocol):
         ...
 
     def consumer(
-        self, topics: Sequence[str], *, group: str, start: Mapping[TopicPartition, int] | None = None
+        self,
+        topics: Sequence[str],
+        *,
+        group: str,
+        start: Mapping[TopicPartition, int] | None = None,
+        topic_ids: Mapping[str, str] | None = None,
     ) -> Consumer:
-        """Reads all partitions of `topics`, from `start`, or from the oldest record where `start` says nothing."""
+        """Reads all partitions of `topics`, from `start`, or from the oldest record where `start` says nothing.
+
+        `topic_ids` are those kept with `start`: an offset of a topic that has another id by now belongs to a log that
+        was lost, and reading begins at the oldest record instead.
+        """
         ...
 
     def close(self) -> None:
@@ -123,3 +142,35 @@ class Topic:
     partitions: int = 1
     replication: int = 1
     compacted: bool = False
+
+
+class LossDetector:
+    """Notices that a log was lost (a memory-only broker restarted), so that its one writer publishes everything again.
+
+    Two signs, each sufficient: a topic has another id than before, or a partition acknowledges an offset that is not
+    above the last. Start it with the topic ids kept from the last run. Not thread-safe.
+    """
+
+    def __init__(self, topic_ids: Mapping[str, str] | None = None) -> None:
+        self._topic_ids = dict(topic_ids or {})
+        self._last: dict[TopicPartition, int] = {}
+
+    @property
+    def topic_ids(self) -> dict[str, str]:
+        """The ids last seen, to be kept for the next run."""
+        return dict(self._topic_ids)
+
+    def seen(self, topic_ids: Mapping[str, str]) -> bool:
+        """True where a topic's id is not the one seen before: all that it held is gone."""
+        changed = {t for t, new in topic_ids.items() if self._topic_ids.get(t, new) != new}
+        self._topic_ids.update(topic_ids)
+        # The offsets of the lost log say nothing about the new one: one loss is reported once.
+        self._last = {tp: offset for tp, offset in self._last.items() if tp.topic not in changed}
+        return bool(changed)
+
+    def acked(self, position: Position) -> bool:
+        """True where the offset is not above the partition's last one. To be fed in the order of sending."""
+        tp = TopicPartition(position.topic, position.partition)
+        last = self._last.get(tp)
+        self._last[tp] = position.offset
+        return last is not None and position.offset <= last
