@@ -1,0 +1,88 @@
+"""Files that survive a power cut, their hashes, and what a full disk looks like."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from thumbwheel import errors
+
+
+def sync(path: Path) -> None:
+    """Forces a file's bytes, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Forces every file and folder under `folder`, and the folder itself, to the disk; the deepest first."""
+    for where, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(Path(where, name))
+        sync(Path(where))
+
+
+def write_new(path: Path, data: bytes, *, mode: int) -> None:
+    """Writes and syncs a file that must not exist yet. Raises `FileExistsError`."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file as 64 hexadecimal digits. Read in chunks, outside the interpreter's lock."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tree_size(folder: Path) -> int:
+    """Bytes in all files under `folder`; 0 where there is none."""
+    return sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raises `errors.NoSpace` where the disk under the existing `folder` has fewer than `needed` bytes free."""
+    if shutil.disk_usage(folder).free < needed:
+        raise _no_space(folder, needed, what)
+
+
+@contextmanager
+def space_errors(folder: Path, needed: int | Callable[[], int], what: str) -> Iterator[None]:
+    """Turns a full disk (or quota) inside the block into `errors.NoSpace`, naming `folder` and the bytes needed."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_no_space(error):
+            raise
+        raise _no_space(folder, needed if isinstance(needed, int) else needed(), what) from error
+
+
+def _no_space(folder: Path, needed: int, what: str) -> errors.NoSpace:
+    free = shutil.disk_usage(folder).free
+    return errors.NoSpace(
+        f"No space in {folder} for {what}: at least {needed:,} bytes needed, {free:,} free.",
+        remedy="Free some space there, or choose another folder, and try again.",
+    )
+
+
+def _is_no_space(error: BaseException) -> bool:
+    # Libraries with a native core (safetensors, tokenizers) report the disk's error as text, not as an OSError.
+    full = (errno.ENOSPC, errno.EDQUOT)
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in full:
+            return True
+        if any(os.strerror(number) in str(link) for number in full):
+            return True
+        link = link.__cause__ or link.__context__
+    return False
