@@ -129,8 +129,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 return await answer(request, context)
 
         make = grpc.stream_unary_rpc_method_handler if inner.request_streaming else grpc.unary_unary_rpc_method_handler
-        wrapped = make(unary, inner.request_deserializer, inner.response_serializer)
-        return wrapped
+        wrapped_unary: Handler = make(unary, inner.request_deserializer, inner.response_serializer)
+        return wrapped_unary
 
 
 def _bind(server: grpc.aio.Server | grpc.Server, listen: str, process: str) -> int:

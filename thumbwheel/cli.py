@@ -1,0 +1,347 @@
+"""`thumbwheel`: start a deployment on this machine, and talk to one.
+
+Heavy libraries are imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from thumbwheel.client import AsyncClient, Choice
+    from thumbwheel.stack import StackSettings
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
+)
+model_app = typer.Typer(no_args_is_help=True, help="Base models.")
+feedback_app = typer.Typer(no_args_is_help=True, help="Say what you think of responses.")
+app.add_typer(model_app, name="model")
+app.add_typer(feedback_app, name="feedback")
+
+Home = Annotated[Path | None, typer.Option(envvar="THUMBWHEEL_HOME", help="Folder with the deployment's state.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+User = Annotated[str, typer.Option(help="Pseudonym of the user whose judgement it is.")]
+
+
+def _settings(home: Path | None, **given: Any) -> StackSettings:
+    from thumbwheel.stack import StackSettings
+
+    values = {name: value for name, value in {"home": home, **given}.items() if value is not None}
+    return StackSettings(**values)
+
+
+def _fail(error: Exception) -> NoReturn:
+    print(f"thumbwheel: {error}", file=sys.stderr)
+    raise typer.Exit(1) from error
+
+
+def _run(main: Coroutine[Any, Any, None]) -> None:
+    """Runs a command to its end; a known error is told in one line and ends it with status 1."""
+    from thumbwheel import errors
+
+    try:
+        asyncio.run(main)
+    except errors.ThumbwheelError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _client(home: Path | None) -> AsyncClient:
+    from thumbwheel.client import AsyncClient
+    from thumbwheel.stack import read_addresses
+
+    at = read_addresses(_settings(home).home)
+    return AsyncClient(policy=at.policy, reward=at.reward, collector=at.collector)
+
+
+@app.command()
+def up(
+    home: Home = None,
+    base_port: Annotated[int | None, typer.Option(help="The parts listen on ports above it.")] = None,
+    kafka: Annotated[str | None, typer.Option(help="Kafka brokers, host:port; left out: the embedded broker.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model: a Hugging Face id or a local folder.")] = None,
+) -> None:
+    """Start every part on this machine, and stop them all on Ctrl-C.
+
+    Settings of single parts are taken from THUMBWHEEL_* variables; `python -m services.policy --help` lists a part's.
+    """
+    from thumbwheel.stack import Stack
+
+    settings = _settings(home, base_port=base_port, kafka=kafka, model=model)
+
+    async def main(settings: StackSettings) -> None:
+        from rich.console import Console
+
+        from thumbwheel.client import AsyncClient
+        from thumbwheel.status import read_status
+
+        console = Console(stderr=True)
+        with console.status("starting") as spinner:
+            async with Stack.running(settings, progress=spinner.update) as stack:
+                at = stack.addresses
+                console.print(
+                    f"[bold]Thumbwheel is up[/]: policy {at.policy}, reward {at.reward}, collector {at.collector}"
+                )
+                console.print(f"state in {settings.home}, logs in {settings.logs_path}; Ctrl-C stops it")
+                async with AsyncClient(
+                    policy=at.policy, reward=at.reward, collector=at.collector, timeout=5.0
+                ) as client:
+                    while True:
+                        spinner.update((await read_status(client, at)).line())
+                        await asyncio.sleep(1.0)
+
+    _run(main(settings))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def demo(context: typer.Context) -> None:
+    """Watch simulated users change the model's behaviour. `thumbwheel demo --help` lists its options."""
+    from thumbwheel.demo.config import DemoSettings
+
+    settings = DemoSettings.from_command_line(context.args, prog="thumbwheel demo")
+
+    async def main() -> None:
+        from thumbwheel.demo.run import run
+
+        await run(settings)
+
+    _run(main())
+
+
+@model_app.command("fetch")
+def model_fetch(
+    model: Annotated[str | None, typer.Argument(help="Hugging Face id or local folder; left out: the default.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Where fetched models are kept.")] = None,
+) -> None:
+    """Fetch and check a base model, and print where it is."""
+    from thumbwheel import errors
+    from trainer.base import DEFAULT_CACHE, fetch
+
+    try:
+        print(fetch(model, cache or DEFAULT_CACHE, progress=sys.stderr.isatty()))
+    except errors.ThumbwheelError as error:
+        _fail(error)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    n: Annotated[int, typer.Option("-n", min=1, max=16, help="Candidates to compare; 1 streams one response.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Longest response, in tokens.")] = 256,
+    seed: Annotated[int | None, typer.Option(help="Makes it reproducible.")] = None,
+    user: User = "cli",
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Ask the policy. The printed response can be judged with `thumbwheel feedback`."""
+    from google.protobuf.json_format import MessageToDict
+
+    from thumbwheel.v1.policy_pb2 import Generation, SamplingParams
+
+    sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
+
+    async def main() -> None:
+        async with _client(home) as client:
+            if n > 1:
+                shown = list((await client.candidates(prompt, n=n, sampling=sampling, user_id=user)).candidates)
+            else:
+                shown = []
+                async for piece in client.stream(prompt, sampling=sampling, user_id=user):
+                    if isinstance(piece, Generation):
+                        shown.append(piece)
+                    elif not as_json:
+                        print(piece.text, end="", flush=True)
+        _remember(_settings(home).home, shown)
+        if as_json:
+            fields = [MessageToDict(generation, preserving_proto_field_name=True) for generation in shown]
+            print(json.dumps(fields, ensure_ascii=False))
+            return
+        if n == 1:
+            print()
+        for letter, generation in zip("abcdefghijklmnop", shown, strict=False):
+            if n > 1:
+                print(f"── {letter} ──\n{generation.text.strip()}\n")
+        versions = sorted({span.version for generation in shown for span in generation.spans})
+        ask = "thumbwheel feedback compare a" if n == 2 else "thumbwheel feedback thumb up"
+        print(f"[{' '.join(versions)}] judge it: {ask}", file=sys.stderr)
+
+    _run(main())
+
+
+LAST_SHOWN = "last-shown.json"
+
+
+def _remember(home: Path, shown: list[Any]) -> None:
+    """Keeps what was last shown, with its receipts, for `thumbwheel feedback`."""
+    from google.protobuf.json_format import MessageToDict
+
+    home.mkdir(parents=True, exist_ok=True)
+    (home / LAST_SHOWN).write_text(json.dumps([MessageToDict(generation) for generation in shown]))
+
+
+def _last_shown(home: Path | None, count: int) -> list[Any]:
+    from google.protobuf.json_format import ParseDict
+
+    from thumbwheel import errors
+    from thumbwheel.v1.policy_pb2 import Generation
+
+    path = _settings(home).home / LAST_SHOWN
+    with contextlib.suppress(FileNotFoundError):
+        shown = [ParseDict(fields, Generation()) for fields in json.loads(path.read_text())]
+        if len(shown) >= count:
+            return shown
+    again = "thumbwheel generate -n 2 'your question'" if count == 2 else "thumbwheel generate 'your question'"
+    _fail(errors.FailedPrecondition("Nothing has been shown to judge.", remedy=f"Type `{again}` first."))
+
+
+def _acknowledged(response: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"feedback_id": response.feedback_id, "duplicate": response.duplicate}))
+    else:
+        print(f"recorded as {response.feedback_id}")
+
+
+@feedback_app.command("compare")
+def feedback_compare(
+    choice: Annotated[str, typer.Argument(help="a, b, tie or both_bad.")],
+    user: User = "cli",
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Say which of the two candidates shown last is better."""
+    from typing import cast
+
+    if choice not in ("a", "b", "tie", "both_bad"):
+        raise typer.BadParameter("must be a, b, tie or both_bad", param_hint="CHOICE")
+    a, b, *_ = _last_shown(home, 2)
+
+    async def main() -> None:
+        async with _client(home) as client:
+            _acknowledged(await client.compare(a, b, cast("Choice", choice), user_id=user), as_json)
+
+    _run(main())
+
+
+@feedback_app.command("thumb")
+def feedback_thumb(
+    direction: Annotated[str, typer.Argument(help="up or down.")],
+    user: User = "cli",
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """A thumb for the response shown last."""
+    if direction not in ("up", "down"):
+        raise typer.BadParameter("must be up or down", param_hint="DIRECTION")
+    shown = _last_shown(home, 1)[0]
+
+    async def main() -> None:
+        async with _client(home) as client:
+            _acknowledged(await client.thumb(shown, up=direction == "up", user_id=user), as_json)
+
+    _run(main())
+
+
+@feedback_app.command("edit")
+def feedback_edit(
+    text: Annotated[str, typer.Argument(help="The better answer.")],
+    user: User = "cli",
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """A better answer than the response shown last."""
+    shown = _last_shown(home, 1)[0]
+
+    async def main() -> None:
+        async with _client(home) as client:
+            _acknowledged(await client.edit(shown, text, user_id=user), as_json)
+
+    _run(main())
+
+
+@feedback_app.command("comment")
+def feedback_comment(
+    text: Annotated[str, typer.Argument(help="What you want to say.")],
+    user: User = "cli",
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Words about the response shown last."""
+    shown = _last_shown(home, 1)[0]
+
+    async def main() -> None:
+        async with _client(home) as client:
+            _acknowledged(await client.comment(shown, text, user_id=user), as_json)
+
+    _run(main())
+
+
+@app.command()
+def versions(home: Home = None, as_json: Json = False) -> None:
+    """List the published versions, newest first, and say what each was trained on."""
+    from google.protobuf.json_format import MessageToDict
+    from rich.console import Console
+    from rich.table import Table
+
+    from thumbwheel import errors
+    from thumbwheel.auth import ManifestVerifier
+    from thumbwheel.checkpoints.store import LocalStore
+    from thumbwheel.v1.rollout_pb2 import ModelRole
+
+    settings = _settings(home)
+    try:
+        store = LocalStore(settings.store_path, ManifestVerifier.load(settings.keys_path))
+        roles = (ModelRole.MODEL_ROLE_POLICY, ModelRole.MODEL_ROLE_REWARD)
+        manifests = [manifest for role in roles for manifest in store.versions(role)]
+    except errors.ThumbwheelError as error:
+        _fail(error)
+    if as_json:
+        print(json.dumps([MessageToDict(manifest, preserving_proto_field_name=True) for manifest in manifests]))
+        return
+    table = Table("version", "parent", "objective", "samples", "steps", "created")
+    for manifest in manifests:
+        lineage = manifest.lineage
+        created = manifest.created_at.ToDatetime().isoformat(" ", "seconds")
+        table.add_row(
+            manifest.version, manifest.parent, lineage.objective, str(lineage.sample_count), str(lineage.steps), created
+        )
+    Console().print(table)
+
+
+@app.command()
+def status(home: Home = None, as_json: Json = False) -> None:
+    """Say what the running deployment is doing. Ends with status 1 when a part is away."""
+
+    async def main() -> None:
+        from thumbwheel import errors
+        from thumbwheel.stack import read_addresses
+        from thumbwheel.status import read_status
+
+        at = read_addresses(_settings(home).home)
+        async with _client(home) as client:
+            now = await read_status(client, at)
+        print(json.dumps(now.to_json()) if as_json else now.line())
+        if now.away:
+            part, reason = sorted(now.away.items())[0]
+            raise errors.Unavailable(f"{part} is away: {reason}", remedy="Type `thumbwheel up`.")
+
+    _run(main())
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

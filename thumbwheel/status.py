@@ -1,0 +1,111 @@
+"""What a running stack is doing, read over gRPC and from its metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import urllib.request
+from collections.abc import Awaitable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from thumbwheel import errors
+from thumbwheel.client import AsyncClient
+from thumbwheel.config import split_address
+from thumbwheel.stack import Addresses
+
+Samples = dict[str, float]
+"""Metric name → its value, summed over labels."""
+
+
+@dataclass
+class Status:
+    """A moment of a running stack. A part that does not answer is named in `away`, with the reason."""
+
+    policy_version: str = ""
+    reward_version: str = ""
+    requests_in_flight: int = 0
+    swaps: int = 0
+    tokens: int = 0
+    feedback: int = 0
+    held: int = 0
+    outbox: int = 0
+    learnt: int = 0
+    pending: int = 0
+    away: dict[str, str] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """The moment in one line."""
+        parts = [
+            f"policy {self.policy_version or '–'}",
+            f"reward {self.reward_version or '–'}",
+            f"{self.requests_in_flight} in flight",
+            f"{self.tokens:,} tokens",
+            f"{self.feedback:,} feedback",
+            f"{self.pending:,} waiting",
+            f"{self.learnt:,} learnt",
+            f"{self.swaps} swaps",
+        ]
+        if self.away:
+            parts.append("away: " + ", ".join(sorted(self.away)))
+        return " · ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """The moment for machines."""
+        return asdict(self)
+
+
+def scrape(address: str, timeout: float = 2.0) -> Samples:
+    """Metrics of the process at "host:port". Raises `errors.Unavailable`."""
+    try:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=timeout) as response:
+            text = response.read().decode()
+    except OSError as error:
+        raise errors.Unavailable(f"No metrics from {address}: {error}.") from error
+    samples: Samples = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            samples[sample.name] = samples.get(sample.name, 0.0) + sample.value
+    return samples
+
+
+async def read_status(client: AsyncClient, addresses: Addresses) -> Status:
+    """Asks every part at once."""
+    host, _ = split_address(addresses.policy)
+
+    async def metrics(part: str) -> Samples:
+        return await asyncio.to_thread(scrape, f"{host}:{addresses.metrics_port(part)}")
+
+    status = Status()
+    answers: dict[str, Any] = {}
+
+    async def ask(part: str, question: Awaitable[Any]) -> None:
+        try:
+            answers[part] = await question
+        except errors.ThumbwheelError as error:
+            status.away[part.removesuffix(" metrics")] = str(error)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(ask("policy", client.policy()))
+        group.create_task(ask("reward", client.reward()))
+        for part in addresses.parts:
+            group.create_task(ask(f"{part} metrics", metrics(part)))
+    if policy := answers.get("policy"):
+        status.policy_version, status.requests_in_flight = policy.version, policy.requests_in_flight
+        status.swaps = max(0, len(policy.swaps) - 1)
+    if reward := answers.get("reward"):
+        status.reward_version = reward.version
+
+    def by_part(part: str) -> Samples:
+        samples: Samples = answers.get(f"{part} metrics", {})
+        return samples
+
+    status.tokens = int(by_part("policy").get("thumbwheel_policy_tokens_total", 0))
+    collector, trainer = by_part("collector"), by_part("trainer")
+    status.feedback = int(collector.get("thumbwheel_collector_feedback_total", 0))
+    status.held = int(collector.get("thumbwheel_collector_held", 0))
+    status.outbox = int(collector.get("thumbwheel_collector_outbox_depth", 0))
+    status.learnt = int(trainer.get("thumbwheel_trainer_samples_learnt_total", 0))
+    status.pending = int(trainer.get("thumbwheel_trainer_pending_samples", 0))
+    return status
