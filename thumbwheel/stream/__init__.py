@@ -1,0 +1,13 @@
+"""The stream: `open_log` gives the log that a deployment's brokers hold."""
+
+from __future__ import annotations
+
+from thumbwheel.stream.log import Log
+
+
+def open_log(bootstrap_servers: str) -> Log:
+    """The log of these Kafka brokers, "host:port,host:port". Does not wait for them to be there."""
+    # Here, so that what only needs the interface or the in-memory log does not load a Kafka client.
+    from thumbwheel.stream.kafka import KafkaLog
+
+    return KafkaLog(bootstrap_servers)

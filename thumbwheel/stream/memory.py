@@ -262,6 +262,7 @@ class MemoryConsumer:
         self._ids = {name: id for name, id in topic_ids.items() if name in topics}
         self._turn = 0
         self._closed = False
+        self.positions()
 
     def poll(self, timeout: float, max_records: int = 500) -> Sequence[Record]:
         """See `Consumer.poll`."""
@@ -283,8 +284,8 @@ class MemoryConsumer:
 
     def topic_ids(self) -> dict[str, str]:
         """See `Consumer.topic_ids`."""
+        # Not refreshed: the ids belong to the positions last given.
         with self._log._changed:
-            self._refresh()
             return dict(self._ids)
 
     def seek(self, positions: Mapping[TopicPartition, int]) -> None:
