@@ -1,0 +1,234 @@
+"""The database: SQLite on one machine, PostgreSQL beyond, and one way of writing for both.
+
+    write ──▶ queue ──▶ writer thread: BEGIN · every write that waits, each in a savepoint · COMMIT ──▶ futures
+
+One thread writes. While it waits for the disk, further writes queue up and share the next commit, so a commit's cost is
+spread over all that came meanwhile, and nothing blocks the event loop. A future resolves after the commit: what it
+brings is durable. A write that raises undoes itself alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import alembic.command
+from alembic.config import Config
+from alembic.util import CommandError
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from services.collector import metrics
+from services.collector.faults import translate
+from thumbwheel import errors
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Work = Callable[[Connection], T]
+
+BUSY_SECONDS = 5.0
+MAX_WRITES = 128
+READERS = 2
+_MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+@dataclass(frozen=True, slots=True)
+class _Write(Generic[T]):
+    """A write that waits for its turn."""
+
+    work: Work[T]
+    future: Future[T] = field(default_factory=Future)
+    queued_at: float = field(default_factory=time.perf_counter)
+
+
+class Database:
+    """The collector's database, migrated and open. Raises `errors.FailedPrecondition` where it cannot be opened."""
+
+    def __init__(self, url: str, *, max_pending: int = 4_096, timeout: float = 15.0) -> None:
+        self._url, self._engine = _engine(url)
+        self._timeout = timeout
+        self._max_pending = max_pending
+        if self._engine.dialect.name == "sqlite":
+            self._prepare_sqlite()
+        self._queue: queue.SimpleQueue[_Write[Any] | None] = queue.SimpleQueue()
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="database-reader")
+        self._closed = False
+        try:
+            self._connection = self._engine.connect()
+            migrate(self._connection)
+        except (DBAPIError, OSError) as error:
+            self._engine.dispose()
+            raise self._translate(error) from error
+        self._writer = threading.Thread(target=self._write_forever, name="database-writer")
+        self._writer.start()
+
+    async def write(self, work: Work[T]) -> T:
+        """Runs `work` in the next transaction and returns what it returned, once that is durable.
+
+        Raises what `work` raised, `errors.NoSpace`, `errors.Unavailable`, `errors.ResourceExhausted` where too many
+        wait, and `errors.DeadlineExceeded`, after which the write may still be made. `work` may run twice, of which
+        only the last run counts.
+        """
+        if self._closed:
+            raise errors.Unavailable("The collector is stopping.", remedy="Send it again.")
+        if self._queue.qsize() >= self._max_pending:
+            raise errors.ResourceExhausted(
+                f"{self._max_pending} writes wait for the database.",
+                retry_after=1.0,
+                remedy="Send it again in a second, with the same key.",
+            )
+        write = _Write(work)
+        self._queue.put(write)
+        return await self._wait(write.future)
+
+    async def read(self, work: Work[T]) -> T:
+        """Runs `work` in a read-only view of what is committed. Raises what `work` raised, and as `write` does."""
+        return await self._wait(self._readers.submit(self.read_now, work))
+
+    def read_now(self, work: Work[T]) -> T:
+        """As `read`, in the caller's thread."""
+        try:
+            with self._engine.connect().execution_options(reads=True) as connection, connection.begin():
+                return work(connection)
+        except DBAPIError as error:
+            raise self._translate(error) from error
+
+    def close(self) -> None:
+        """Makes durable what waits, then lets go of the database."""
+        self._closed = True
+        self._queue.put(None)
+        self._writer.join()
+        self._readers.shutdown()
+        self._connection.close()
+        self._engine.dispose()
+
+    async def _wait(self, future: Future[T]) -> T:
+        try:
+            async with asyncio.timeout(self._timeout):
+                return await asyncio.wrap_future(future)
+        except TimeoutError:
+            raise errors.DeadlineExceeded(
+                f"The database took longer than {self._timeout:g} s.",
+                remedy="Send it again with the same key; see whether the disk is overloaded.",
+            ) from None
+
+    def _translate(self, error: DBAPIError | OSError) -> errors.ThumbwheelError:
+        return translate(error, self._url)
+
+    def _prepare_sqlite(self) -> None:
+        if self._url.database:
+            try:
+                Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise self._translate(error) from error
+        event.listen(self._engine, "connect", _configure_sqlite)
+        event.listen(self._engine, "begin", _begin_sqlite)
+
+    def _write_forever(self) -> None:
+        while (first := self._queue.get()) is not None:
+            batch, stop = [first], False
+            while len(batch) < MAX_WRITES and not stop:
+                try:
+                    following = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+                if following is None:
+                    stop = True
+                else:
+                    batch.append(following)
+            self._commit([write for write in batch if write.future.set_running_or_notify_cancel()])
+            if stop:
+                return
+
+    def _commit(self, batch: Sequence[_Write[Any]], *, again: bool = True) -> None:
+        """Makes the batch durable in one transaction; where that fails, each write in one of its own."""
+        outcomes: list[tuple[_Write[Any], Any, Exception | None]] = []
+        try:
+            with self._connection.begin():
+                for write in batch:
+                    outcomes.append((write, *self._try(write)))
+        except DBAPIError as error:
+            # A key that exists by now: another collector on this database was faster. Run again, the write sees it.
+            clash = isinstance(error, IntegrityError)
+            if len(batch) > 1 or (clash and again):
+                for write in batch:
+                    self._commit([write], again=len(batch) > 1)
+                return
+            outcomes = [(write, None, error if clash else self._translate(error)) for write in batch]
+        if batch:
+            metrics.COMMIT_WRITES.observe(len(batch))
+        now = time.perf_counter()
+        for write, result, failure in outcomes:
+            metrics.COMMIT_SECONDS.observe(now - write.queued_at)
+            if failure is None:
+                write.future.set_result(result)
+            else:
+                write.future.set_exception(failure)
+
+    def _try(self, write: _Write[T]) -> tuple[T | None, Exception | None]:
+        """What the write came to. Faults of the database concern the whole transaction and are raised."""
+        try:
+            with self._connection.begin_nested():
+                return write.work(self._connection), None
+        except DBAPIError:
+            raise
+        except Exception as error:  # noqa: BLE001  # it goes to the caller, whatever it is; the other writes go on
+            return None, error
+
+
+def _engine(url: str) -> tuple[URL, Engine]:
+    try:
+        parsed = make_url(url)
+        if parsed.get_backend_name() == "sqlite" and parsed.database in (None, "", ":memory:"):
+            raise errors.FailedPrecondition(
+                f"--database {url}: a database in memory keeps nothing.", remedy="Name a file: sqlite:///PATH."
+            )
+        return parsed, create_engine(parsed, pool_size=READERS + 2)
+    except (ArgumentError, ImportError) as error:
+        raise errors.FailedPrecondition(
+            f"--database: {error}.",
+            remedy="Give an SQLAlchemy URL, such as sqlite:///PATH, and install the driver that it names.",
+        ) from error
+
+
+def migrate(connection: Connection) -> None:
+    """Brings the schema to the newest version, in one transaction. Raises `errors.FailedPrecondition`."""
+    config = Config()
+    config.set_main_option("script_location", _MIGRATIONS.as_posix().replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["connection"] = connection
+    try:
+        with connection.begin():
+            alembic.command.upgrade(config, "head")
+    except CommandError as error:
+        raise errors.FailedPrecondition(
+            f"The database's schema is not one that this version knows: {error}.",
+            remedy="Run the version of Thumbwheel that wrote it, or a later one.",
+        ) from error
+
+
+def _configure_sqlite(connection: Any, _: ConnectionPoolEntry) -> None:
+    connection.isolation_level = None  # the driver's own transactions break savepoints: `_begin_sqlite` starts them
+    for pragma in (
+        f"busy_timeout={int(BUSY_SECONDS * 1000)}",
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+    ):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # IMMEDIATE: a writer waits for its turn at the start, where waiting is possible, and not in the middle.
+    reads = connection.get_execution_options().get("reads", False)
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")

@@ -1,0 +1,171 @@
+"""From the broker to the record: generations are stored, and what waited for them is joined.
+
+    poll ──▶ decode ──▶ one transaction: generations · joins · outbox · dead letters · offsets
+
+The offsets are committed with the rows, and reading starts from them: each record counts exactly once, whatever dies
+when. After a fault the consumer is made anew from the offsets in the database, which loses and doubles nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError
+from sqlalchemy import Connection
+from uuid_utils import uuid7
+
+from services.collector import ledger, metrics, outbox
+from services.collector.config import CollectorSettings
+from services.collector.database import Database
+from services.collector.ledger import Recorded
+from services.collector.pause import RETRIED, Pause
+from services.collector.submission import check_id
+from thumbwheel import errors
+from thumbwheel.stream import topics
+from thumbwheel.stream.log import Consumer, Log, Record, TopicPartition
+from thumbwheel.v1.events_pb2 import DeadLetter, GenerationEvent, Header
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+GROUP = "collector"
+READ = (topics.GENERATIONS,)
+MAX_RECORDS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Records as decoded, those that could not be, and where reading goes on after them."""
+
+    events: Sequence[GenerationEvent]
+    dead: Sequence[DeadLetter]
+    positions: Mapping[TopicPartition, int]
+    topic_ids: Mapping[str, str]
+
+    def apply(self, connection: Connection) -> list[Recorded]:
+        """Writes the batch. Returns the feedback that was joined."""
+        joined = ledger.store(connection, self.events)
+        outbox.add(connection, [outbox.Event(d.event_id, topics.DEADLETTER, d.topic, d) for d in self.dead])
+        outbox.save_positions(connection, self.positions)
+        outbox.save_topic_ids(connection, self.topic_ids)
+        return joined
+
+
+class Ingest:
+    """Follows the generations for ever. `committed` is called after each commit."""
+
+    def __init__(
+        self, database: Database, log: Log, settings: CollectorSettings, committed: Callable[[], None]
+    ) -> None:
+        self._database = database
+        self._log = log
+        self._settings = settings
+        self._committed = committed
+        self._pause = Pause(settings.max_backoff_seconds)
+        self._consumer: Consumer | None = None
+        # A consumer is for one thread at a time.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ingest")
+
+    async def run(self) -> None:
+        """Stores what comes until it is cancelled. While the broker is away, or the disk full, tries again."""
+        try:
+            while True:
+                try:
+                    if self._consumer is None:
+                        await self._open()
+                    batch = await self._in_thread(self._poll)
+                    if batch is not None:
+                        await self._apply(batch)
+                    self._pause.reset()
+                except RETRIED as error:
+                    logger.warning("reading waits", extra={"error": str(error), "seconds": self._pause.seconds})
+                    await self._in_thread(self._close)
+                    await self._pause.wait()
+        finally:
+            await self._in_thread(self._close)
+            self._thread.shutdown()
+
+    async def _apply(self, batch: Batch) -> None:
+        joined = await self._database.write(batch.apply)
+        self._committed()
+        metrics.GENERATIONS.inc(len(batch.events))
+        metrics.DEAD_LETTERS.inc(len(batch.dead))
+        for (kind, state), count in Counter((record.kind, record.state) for record in joined).items():
+            metrics.FEEDBACK.labels(kind, state).inc(count)
+        for dead in batch.dead:
+            where = {"topic": dead.topic, "partition": dead.partition, "offset": dead.offset}
+            logger.warning("a record could not be used", extra={**where, "reason": dead.reason})
+
+    async def _open(self) -> None:
+        start = await self._database.read(partial(outbox.load_positions, topics=READ))
+        ids = await self._database.read(partial(outbox.load_topic_ids, topics=READ))
+
+        def make() -> None:
+            self._consumer = self._log.consumer(READ, group=GROUP, start=start, topic_ids=ids)
+
+        await self._in_thread(make)
+
+    def _close(self) -> None:
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            consumer.close()
+
+    def _poll(self) -> Batch | None:
+        consumer = self._consumer
+        assert consumer is not None, "opened before"
+        records = consumer.poll(self._settings.poll_seconds, MAX_RECORDS)
+        if not records:
+            return None
+        events: list[GenerationEvent] = []
+        dead: list[DeadLetter] = []
+        for record in records:
+            try:
+                events.append(decode(record.value))
+            except errors.InvalidArgument as error:
+                dead.append(dead_letter(record, str(error)))
+        return Batch(events, dead, consumer.positions(), consumer.topic_ids())
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+
+def decode(value: bytes) -> GenerationEvent:
+    """The event in a record. Raises `errors.InvalidArgument` naming what is wrong with it."""
+    try:
+        event = GenerationEvent.FromString(value)
+    except DecodeError as error:
+        raise errors.InvalidArgument(f"is no GenerationEvent: {error}.", field="value") from error
+    generation = event.generation
+    check_id(event.tenant, "tenant")
+    check_id(generation.generation_id, "generation.generation_id")
+    check_id(generation.prompt_id, "generation.prompt_id")
+    if len(generation.logprobs) not in (0, len(generation.token_ids)):
+        raise errors.InvalidArgument(
+            f"has {len(generation.logprobs)} for {len(generation.token_ids)} tokens.", field="generation.logprobs"
+        )
+    return event
+
+
+def dead_letter(record: Record, reason: str) -> DeadLetter:
+    """What is kept of a record that cannot be used: all of it, where it was, and why."""
+    letter = DeadLetter(
+        event_id=str(uuid7()),
+        topic=record.topic,
+        partition=record.partition,
+        offset=record.offset,
+        key=record.key,
+        value=record.value,
+        headers=[Header(key=key, value=value) for key, value in record.headers],
+        reason=reason,
+        consumer=GROUP,
+    )
+    letter.at.GetCurrentTime()
+    return letter

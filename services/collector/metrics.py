@@ -1,0 +1,81 @@
+"""What the collector tells operators. Levels are read from the database when asked for, so they cannot drift."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from prometheus_client import REGISTRY, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from thumbwheel import errors
+
+logger = logging.getLogger(__name__)
+
+FEEDBACK = Counter(
+    "thumbwheel_collector_feedback_total", "Times that feedback came to stand in a state.", ["kind", "state"]
+)
+DUPLICATES = Counter("thumbwheel_collector_duplicates_total", "Submissions that had been recorded before.")
+REFUSED = Counter("thumbwheel_collector_refused_total", "Calls refused, by kind of error.", ["reason"])
+COMMIT_SECONDS = Histogram(
+    "thumbwheel_collector_commit_seconds",
+    "Time from asking for a write until it is durable.",
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15),
+)
+COMMIT_WRITES = Histogram(
+    "thumbwheel_collector_commit_writes",
+    "Writes that were made durable together.",
+    buckets=(1, 2, 4, 8, 16, 32, 64, 128),
+)
+GENERATIONS = Counter("thumbwheel_collector_generations_total", "Generations taken from the stream, repeats included.")
+DEAD_LETTERS = Counter("thumbwheel_collector_dead_letters_total", "Records of the stream that could not be used.")
+PUBLISHED = Counter("thumbwheel_collector_published_total", "Events that the broker acknowledged.", ["topic"])
+PUBLISH_REFUSED = Counter(
+    "thumbwheel_collector_publish_refused_total", "Events that the broker will never take.", ["topic"]
+)
+LOSSES = Counter("thumbwheel_collector_broker_losses_total", "Times that the broker had lost what it held.")
+
+
+class Levels(NamedTuple):
+    """What is in the database now. `oldest` is in microseconds since the epoch; None where the outbox is empty."""
+
+    unpublished: int
+    oldest: int | None
+    held: int
+
+
+class LevelCollector(Collector):
+    """Serves the levels of one database while it is open."""
+
+    def __init__(self, read: Callable[[], Levels]) -> None:
+        self._read = read
+
+    def describe(self) -> Iterable[GaugeMetricFamily]:
+        """The names, for registering without reading."""
+        return (
+            GaugeMetricFamily("thumbwheel_collector_outbox_depth", "Events committed and not published yet."),
+            GaugeMetricFamily("thumbwheel_collector_outbox_oldest_seconds", "Age of the oldest of them."),
+            GaugeMetricFamily("thumbwheel_collector_held", "Feedback waiting for its generations."),
+        )
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """The levels; nothing where the database cannot be read now, so that the other metrics are still served."""
+        try:
+            levels = self._read()
+        except errors.ThumbwheelError as error:
+            logger.warning("levels not read", extra={"error": str(error)})
+            return
+        age = 0.0 if levels.oldest is None else max(0.0, time.time() - levels.oldest / 1e6)
+        for family, value in zip(self.describe(), (levels.unpublished, age, levels.held), strict=True):
+            family.add_metric([], value)
+            yield family
+
+    def __enter__(self) -> LevelCollector:
+        REGISTRY.register(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        REGISTRY.unregister(self)
