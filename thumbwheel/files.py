@@ -45,6 +45,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_bytes(data: bytes) -> str:
+    """SHA-256 of bytes as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def tree_size(folder: Path) -> int:
     """Bytes in all files under `folder`; 0 where there is none."""
     return sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
@@ -61,6 +66,8 @@ def space_errors(folder: Path, needed: int | Callable[[], int], what: str) -> It
     """Turns a full disk (or quota) inside the block into `errors.NoSpace`, naming `folder` and the bytes needed."""
     try:
         yield
+    except errors.NoSpace:
+        raise  # an inner block has said it already
     except Exception as error:
         if not _is_no_space(error):
             raise

@@ -1,0 +1,1 @@
+"""Versions at rest: what a checkpoint says it is, and the store that proves it."""
