@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from prometheus_client import Counter, Gauge, Histogram
-from thumbwheel.checkpoints.store import VerifiedVersion
 
 from services.config import EngineSettings
 from services.turnstile import Turnstile
 from thumbwheel import errors
+from thumbwheel.checkpoints.store import VerifiedVersion
 from thumbwheel.v1.policy_pb2 import Swap, SwapOutcome
 
 logger = logging.getLogger(__name__)

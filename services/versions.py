@@ -10,12 +10,12 @@ import logging
 from collections.abc import Sequence
 
 from prometheus_client import Counter
-from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion
-from thumbwheel.stream.aio import records
 
 from services.engine import Engine
 from thumbwheel import errors
+from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion
 from thumbwheel.stream import deadletter, topics
+from thumbwheel.stream.aio import records
 from thumbwheel.stream.log import Log
 from thumbwheel.v1.events_pb2 import VersionEvent
 from thumbwheel.v1.policy_pb2 import SwapOutcome
@@ -57,7 +57,7 @@ class Follower:
                     try:
                         events.append(deadletter.decode(VersionEvent, record))
                     except errors.ThumbwheelError as error:
-                        await self._bury(record, error, producer)
+                        await deadletter.bury(producer, record, reason=str(error), consumer=self._process)
                 for event in self._newer(events):
                     if await self._go_live(event):
                         break

@@ -10,14 +10,13 @@ from thumbwheel import serving, telemetry
 
 async def main(settings: PolicySettings) -> None:
     """Starts the engine on the newest version that verifies, then serves and follows new ones."""
-    from thumbwheel.checkpoints.store import LocalStore
-
     from services.engine import Engine
     from services.policy.recording import Recorder
     from services.policy.service import Limits, PolicyService
     from services.prompts import PromptEncoder
     from services.versions import Follower, newest_verified
     from thumbwheel.auth import ManifestVerifier, ReceiptKey
+    from thumbwheel.checkpoints.store import LocalStore
     from thumbwheel.stream import open_log
     from thumbwheel.v1.policy_pb2_grpc import add_PolicyServiceServicer_to_server
     from thumbwheel.v1.rollout_pb2 import ModelRole

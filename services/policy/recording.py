@@ -11,10 +11,10 @@ import logging
 from collections import deque
 
 from prometheus_client import Counter, Gauge
-from thumbwheel.stream.aio import acked
 
 from thumbwheel import errors
 from thumbwheel.stream import topics
+from thumbwheel.stream.aio import acked
 from thumbwheel.stream.log import Log, LossDetector, Producer
 from thumbwheel.v1.events_pb2 import GenerationEvent
 
@@ -81,7 +81,12 @@ class Recorder:
     async def _send(self, producer: Producer) -> None:
         batch = [self._waiting.popleft() for _ in range(min(_BATCH, len(self._waiting)))]
         futures = [
-            producer.send(topics.GENERATIONS, event.generation.prompt_id.encode(), event.SerializeToString())
+            producer.send(
+                topics.GENERATIONS,
+                event.generation.prompt_id.encode(),
+                event.SerializeToString(),
+                (("schema", event.DESCRIPTOR.full_name.encode()), ("event_id", event.event_id.encode())),
+            )
             for event in batch
         ]
         results = await asyncio.gather(*(acked(future, _ACK_TIMEOUT) for future in futures), return_exceptions=True)

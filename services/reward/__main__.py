@@ -10,13 +10,12 @@ from thumbwheel import serving, telemetry
 
 async def main(settings: RewardSettings) -> None:
     """Starts the engine on the newest version that verifies, then serves and follows new ones."""
-    from thumbwheel.checkpoints.store import LocalStore
-
     from services.engine import Engine
     from services.prompts import PromptEncoder
     from services.reward.service import RewardService
     from services.versions import Follower, newest_verified
     from thumbwheel.auth import ManifestVerifier
+    from thumbwheel.checkpoints.store import LocalStore
     from thumbwheel.stream import open_log
     from thumbwheel.v1.reward_pb2_grpc import add_RewardServiceServicer_to_server
     from thumbwheel.v1.rollout_pb2 import ModelRole

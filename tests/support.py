@@ -1,0 +1,168 @@
+"""What tests share: tiny models made on the spot, real processes, and waiting without sleeping."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from thumbwheel.auth import ManifestSigner, ManifestVerifier, create_keys
+from thumbwheel.checkpoints.store import LocalStore, version_name
+from thumbwheel.v1.rollout_pb2 import CheckpointManifest, ModelRole
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_tiny_llama(folder: Path, *, seed: int, reward: bool = False) -> Path:
+    """A random Llama of two layers with a byte-level tokenizer, saved as a user would have it. Takes under a second."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*special, *alphabet])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=special[1], eos_token=special[2], pad_token=special[2], unk_token=special[0]
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.2,
+        num_labels=1,
+    )
+    model = (LlamaForSequenceClassification if reward else LlamaForCausalLM)(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Deployment:
+    """A home folder with keys and a store, as `thumbwheel up` would make it."""
+
+    home: Path
+
+    def __post_init__(self) -> None:
+        create_keys(self.home / "keys")
+
+    @property
+    def store(self) -> LocalStore:
+        """Its versions."""
+        return LocalStore(self.home / "store", ManifestVerifier.load(self.home / "keys"))
+
+    def publish(self, role: ModelRole.ValueType, sequence: int, *, seed: int) -> CheckpointManifest:
+        """Publishes a random model as a version."""
+        manifest = CheckpointManifest(
+            version=version_name(role, sequence), role=role, sequence=sequence, base_model="tiny-llama"
+        )
+        reward = role == ModelRole.MODEL_ROLE_REWARD
+        return self.store.publish(
+            manifest,
+            lambda folder: (make_tiny_llama(folder, seed=seed, reward=reward), None)[1],
+            ManifestSigner.load(self.home / "keys"),
+        )
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@dataclass
+class Process:
+    """A real process of ours, with its log. Its port is known before it listens."""
+
+    module: str
+    arguments: list[str]
+    log: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    port: int = field(default_factory=free_port)
+    metrics_port: int = field(default_factory=free_port)
+
+    def start(self) -> Process:
+        """Starts it; does not wait."""
+        own = ["--listen", self.address, "--metrics-port", str(self.metrics_port)]
+        with self.log.open("ab") as log:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", self.module, *self.arguments, *own],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **self.environment},
+                start_new_session=True,
+            )
+        return self
+
+    @property
+    def address(self) -> str:
+        """Where it serves gRPC."""
+        return f"127.0.0.1:{self.port}"
+
+    def wait_serving(self, timeout: float = 90.0) -> Process:
+        """Waits for gRPC health; fails with its log when it dies first."""
+        deadline = time.monotonic() + timeout
+        options = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500)]
+        with grpc.insecure_channel(self.address, options=options) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            while time.monotonic() < deadline and self.popen.poll() is None:
+                try:
+                    # A deadline of a second, so that a death is noticed; connecting is what is waited for.
+                    answer = health.Check(health_pb2.HealthCheckRequest(), timeout=1.0, wait_for_ready=True)
+                except grpc.RpcError as error:
+                    assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED  # noqa: PT017 - anything else is a fault
+                    continue
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return self
+        pytest.fail(f"{self.module} did not start; its log ends:\n{self.log.read_text()[-4000:]}")
+
+    def stop(self, timeout: float = 30.0) -> int:
+        """SIGTERM; returns its status. Kills what is left of its session."""
+        self.popen.terminate()
+        try:
+            return self.popen.wait(timeout)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """kill -9, children too."""
+        try:
+            os.killpg(self.popen.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        finally:
+            self.popen.wait(10)
+
+    def errors(self) -> list[str]:
+        """Messages logged as errors."""
+        entries = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        return [entry["message"] for entry in entries if entry["level"] in ("error", "critical")]
