@@ -1,0 +1,75 @@
+# Every target sets up what it needs, from nothing. ARGS are passed on: make demo ARGS="--preference polite".
+
+.DEFAULT_GOAL := help
+.SHELLFLAGS := -euo pipefail -c
+SHELL := /bin/bash
+PYTHON ?= python3.11
+BIN := .venv/bin
+ARGS ?=
+
+STUBS := thumbwheel/v1
+GOLDEN := proto/golden/v0.1.binpb
+
+# Writes the stubs of proto/ below the folder $(1).
+protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(1) \
+	--grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) proto/thumbwheel/v1/*.proto
+
+.PHONY: help
+help: ## Say what there is to make
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: ## Install everything into .venv; does only what has not been done
+	@$(PYTHON) -c '' 2>/dev/null || { echo "setup: $(PYTHON) is not there. On Debian 12 type: sudo apt-get install" \
+		"python3.11 python3.11-venv python3.11-dev g++; elsewhere take it from python.org or pyenv." >&2; exit 1; }
+	@$(PYTHON) requirements/install.py
+
+.PHONY: demo
+demo: setup ## Watch simulated users change a real model's behaviour
+	@$(BIN)/thumbwheel demo $(ARGS)
+
+.PHONY: up
+up: setup ## Start every part on this machine, until Ctrl-C
+	@$(BIN)/thumbwheel up $(ARGS)
+
+.PHONY: test
+test: setup ## Run all tests
+	$(BIN)/python -m pytest tests/unit tests/integration tests/e2e $(ARGS)
+
+.PHONY: test-unit
+test-unit: setup ## Run the unit tests alone
+	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+.PHONY: check
+check: check-code check-protos ## Check format, lint, types and contracts
+
+.PHONY: check-code
+check-code: setup
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	MYPYPATH=requirements $(BIN)/mypy requirements/install.py requirements/lock.py
+
+.PHONY: check-protos
+check-protos: setup
+	@fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; $(call protoc,"$$fresh"); \
+	diff -r -x '__*' "$$fresh/$(STUBS)" $(STUBS) || { echo "$(STUBS) is not what proto/ says: make protos" >&2; exit 1; }
+	cd proto && ../$(BIN)/buf lint
+	cd proto && ../$(BIN)/buf breaking --against $(GOLDEN:proto/%=%)
+
+.PHONY: protos
+protos: setup ## Write the stubs of proto/ anew
+	@rm -f $(STUBS)/*_pb2*; $(call protoc,.)
+
+.PHONY: golden
+golden: setup ## At a release: keep the contracts that later ones must not break
+	@mkdir -p $(dir $(GOLDEN)); cd proto && ../$(BIN)/buf build --exclude-source-info -o $(GOLDEN:proto/%=%)
+
+.PHONY: lock
+lock: setup ## Resolve the pinned set anew; ARGS=--upgrade takes the newest
+	@$(BIN)/python requirements/lock.py $(ARGS)
+
+.PHONY: bench-%
+bench-%: setup ## Run bench/%.py
+	@test -f bench/$*.py || { echo "there is no bench/$*.py" >&2; exit 1; }
+	@$(BIN)/python -m bench.$* $(ARGS)
