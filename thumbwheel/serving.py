@@ -162,39 +162,45 @@ async def serve(
     background task. Calls still running `drain_seconds` after the signal are cancelled.
     """
     host, _ = split_address(listen)
-    metrics = telemetry.serve_metrics(metrics_port, process=process, host=host)
-    server = grpc.aio.server(interceptors=[CallInterceptor()], options=_OPTIONS)
-    register(server)
-    health_servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-    reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-    port = _bind(server, listen, process)
+    with telemetry.metrics_server(metrics_port, process=process, host=host) as bound_metrics_port:
+        server = grpc.aio.server(interceptors=[CallInterceptor()], options=_OPTIONS)
+        register(server)
+        health_servicer = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+        reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        port = _bind(server, listen, process)
+        with _stop_signals() as stop:
+            tasks = {asyncio.create_task(_forever(run), name=name) for name, run in background.items()}
+            stopping = asyncio.create_task(stop.wait(), name="stop")
+            try:
+                await server.start()
+                for name in ("", *services):
+                    await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+                logger.info("serving", extra={"address": f"{host}:{port}", "metrics_port": bound_metrics_port})
+                done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+                for task in done - {stopping}:
+                    logger.critical("background task %s stopped", task.get_name(), exc_info=task.exception())
+                    raise errors.Internal(f"{process} stopped: its task {task.get_name()} ended: {task.exception()}.")
+            finally:
+                await health_servicer.enter_graceful_shutdown()
+                await server.stop(drain_seconds)
+                for task in (*tasks, stopping):
+                    task.cancel()
+                await asyncio.gather(*tasks, stopping, return_exceptions=True)
+                logger.info("stopped")
 
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[asyncio.Event]:
+    """An event that SIGTERM and SIGINT set."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.set)
-    tasks = {asyncio.create_task(_forever(run), name=name) for name, run in background.items()}
-    stopping = asyncio.create_task(stop.wait(), name="stop")
     try:
-        await server.start()
-        for name in ("", *services):
-            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-        logger.info("serving", extra={"address": f"{host}:{port}", "metrics_port": metrics.server_port})
-        done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-        for task in done - {stopping}:
-            logger.critical("background task %s stopped", task.get_name(), exc_info=task.exception())
-            raise errors.Internal(f"{process} stopped: its task {task.get_name()} ended: {task.exception()}.")
+        yield stop
     finally:
-        await health_servicer.enter_graceful_shutdown()
-        await server.stop(drain_seconds)
-        for task in (*tasks, stopping):
-            task.cancel()
-        await asyncio.gather(*tasks, stopping, return_exceptions=True)
-        metrics.shutdown()
         for signum in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(signum)
-        logger.info("stopped")
 
 
 async def _forever(run: Background) -> None:
@@ -206,24 +212,23 @@ async def _forever(run: Background) -> None:
 def health_server(*, process: str, listen: str, metrics_port: int) -> Iterator[Callable[[bool], None]]:
     """Health and metrics for a process that is not asyncio, served from threads. Yields the switch: ready or not."""
     host, _ = split_address(listen)
-    metrics = telemetry.serve_metrics(metrics_port, process=process, host=host)
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=2, thread_name_prefix="health"), options=_OPTIONS)
     servicer = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    _bind(server, listen, process)
 
     def ready(serving: bool) -> None:
         status = health_pb2.HealthCheckResponse
         servicer.set("", status.SERVING if serving else status.NOT_SERVING)
 
-    ready(False)
-    server.start()
-    try:
-        yield ready
-    finally:
-        servicer.enter_graceful_shutdown()
-        server.stop(1.0).wait(5.0)
-        metrics.shutdown()
+    with telemetry.metrics_server(metrics_port, process=process, host=host):
+        _bind(server, listen, process)
+        ready(False)
+        server.start()
+        try:
+            yield ready
+        finally:
+            servicer.enter_graceful_shutdown()
+            server.stop(1.0).wait(5.0)
 
 
 def run(process: str, main: Awaitable[None]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
-from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import Info, start_http_server
 
@@ -48,16 +49,25 @@ def setup_logging(process: str, level: str) -> None:
     logging.getLogger("kafka").setLevel(logging.WARNING)
 
 
-def serve_metrics(port: int, *, process: str, host: str = "127.0.0.1") -> WSGIServer:
-    """Serves this process's metrics at http://host:port/metrics from a thread. Raises `errors.PortInUse`."""
+@contextlib.contextmanager
+def metrics_server(port: int, *, process: str, host: str = "127.0.0.1") -> Iterator[int]:
+    """Serves this process's metrics at http://host:port/metrics from a thread. Yields the port.
+
+    Raises `errors.PortInUse`.
+    """
     from importlib.metadata import version
 
     BUILD.info({"process": process, "version": version("thumbwheel")})
     try:
-        server, _ = start_http_server(port, addr=host)
+        server, thread = start_http_server(port, addr=host)
     except OSError as error:
         raise errors.PortInUse(
             f"{process} cannot serve metrics on {host}:{port}: {error.strerror}.",
             remedy="Choose another port with --metrics-port, or stop the process that has it.",
         ) from error
-    return server
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(5.0)
