@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -9,16 +10,21 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 import pytest
+import uuid_utils
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from thumbwheel.auth import ManifestSigner, ManifestVerifier, create_keys
 from thumbwheel.checkpoints.store import LocalStore, version_name
-from thumbwheel.v1.rollout_pb2 import CheckpointManifest, ModelRole
+from thumbwheel.stream import topics
+from thumbwheel.stream.log import Log
+from thumbwheel.v1.events_pb2 import VersionEvent
+from thumbwheel.v1.rollout_pb2 import CheckpointManifest, ModelRole, VersionState
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -166,3 +172,25 @@ class Process:
         """Messages logged as errors."""
         entries = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
         return [entry["message"] for entry in entries if entry["level"] in ("error", "critical")]
+
+
+def announce(log: Log, manifest: CheckpointManifest, manifest_sha256: str) -> None:
+    """Says on the `versions` topic that a version is to be served."""
+    event = VersionEvent(
+        event_id=str(uuid_utils.uuid7()),
+        version=manifest.version,
+        role=manifest.role,
+        state=VersionState.VERSION_STATE_STABLE,
+        sequence=manifest.sequence,
+        manifest_sha256=manifest_sha256,
+    )
+    producer = log.producer()
+    producer.send(topics.VERSIONS, manifest.version.encode(), event.SerializeToString()).result(30)
+    producer.close(5)
+
+
+async def until(condition: Callable[[], Awaitable[bool]], *, timeout: float = 60.0, every: float = 0.05) -> None:
+    """Waits for something that only asking can tell. Fails after `timeout` seconds."""
+    async with asyncio.timeout(timeout):
+        while not await condition():  # noqa: ASYNC110 - what is awaited is in another process
+            await asyncio.sleep(every)

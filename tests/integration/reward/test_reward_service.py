@@ -1,0 +1,159 @@
+"""The reward service as applications meet it: the real process, real vLLM, a real broker, a tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from services.prompts import PromptEncoder
+from tests.support import Deployment, Process, announce, free_port, until
+from thumbwheel import errors
+from thumbwheel.client import AsyncClient, to_prompt
+from thumbwheel.stream import open_log, topics
+from thumbwheel.stream.broker import EmbeddedBroker
+from thumbwheel.stream.log import Log
+from thumbwheel.v1 import policy_pb2, reward_pb2
+from thumbwheel.v1.rollout_pb2 import ModelRole
+
+pytestmark = pytest.mark.timeout(180)
+REWARD = ModelRole.MODEL_ROLE_REWARD
+ITEMS = [(f"Question {i}", f"Answer number {i}, " + "and so on " * i) for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
+    """With reward-000000 in its store."""
+    deployment = Deployment(tmp_path_factory.mktemp("home"))
+    deployment.publish(REWARD, 0, seed=0)
+    return deployment
+
+
+@pytest.fixture(scope="module")
+def log(deployment: Deployment) -> Iterator[Log]:
+    """A real broker."""
+    with EmbeddedBroker(port=free_port(), log=deployment.home / "broker.log") as broker:
+        log = open_log(broker.bootstrap_servers)
+        log.ensure_topics(topics.topics(partitions=1, replication=1), 30.0)
+        (deployment.home / "bootstrap").write_text(broker.bootstrap_servers)
+        yield log
+        log.close()
+
+
+def _process(deployment: Deployment, processes: list[Process], name: str) -> Process:
+    servers = (deployment.home / "bootstrap").read_text()
+    arguments = ["--home", str(deployment.home), "--bootstrap-servers", servers, "--max-model-len", "512"]
+    process = Process("services.reward", arguments, deployment.home / f"{name}.log")
+    processes.append(process)
+    return process.start().wait_serving()
+
+
+@pytest.fixture(scope="module")
+def process(deployment: Deployment, log: Log, processes: list[Process]) -> Process:
+    """The service."""
+    return _process(deployment, processes, "reward")
+
+
+@pytest.fixture
+async def client(process: Process) -> AsyncIterator[AsyncClient]:
+    """Talks to the service."""
+    async with AsyncClient(reward=process.address, timeout=60.0) as client:
+        yield client
+
+
+async def _scores(client: AsyncClient) -> list[float]:
+    """One at a time, so that batching cannot differ."""
+    return [(await client.score(prompt, answer)).scores[0].score for prompt, answer in ITEMS]
+
+
+def _with_transformers(folder: Path) -> list[float]:
+    """The score at the closing token, computed without vLLM."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    encoder, scores = PromptEncoder(folder), []
+    for prompt, answer in ITEMS:
+        ids = encoder.encode_scored(to_prompt(prompt), answer, field="", response_field="")
+        with torch.no_grad():
+            hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
+            scores.append(float(model.score(hidden)))
+    return scores
+
+
+async def test_scores_are_those_of_transformers(deployment: Deployment, client: AsyncClient) -> None:
+    answer = await client.score_items(
+        [reward_pb2.ScoreItem(prompt=to_prompt(prompt), response=response) for prompt, response in ITEMS]
+    )
+    expected = _with_transformers(deployment.home / "store/reward-000000")
+    assert answer.version == "reward-000000"
+    assert [score.score for score in answer.scores] == pytest.approx(expected, abs=0.1)  # the engine computes in bf16
+    assert max(expected) - min(expected) > 0.2
+    assert answer.scores[1].tokens > answer.scores[0].tokens
+
+
+async def test_compare_is_bradley_terry(client: AsyncClient) -> None:
+    answer = await client.judge("Which?", "this one", "that other one, which is longer")
+    odds = answer.score_a.score - answer.score_b.score
+    assert answer.probability_a == pytest.approx(1 / (1 + math.exp(-odds)), abs=1e-6)
+    mirrored = await client.judge("Which?", "that other one, which is longer", "this one")
+    assert mirrored.probability_a == pytest.approx(1 - answer.probability_a, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("item", "field"),
+    [
+        (reward_pb2.ScoreItem(response="x"), "items[0].prompt"),
+        (reward_pb2.ScoreItem(prompt=to_prompt("x")), "items[0].response"),
+        (reward_pb2.ScoreItem(prompt=to_prompt("x"), response="long " * 500), "items[0].response"),
+        (reward_pb2.ScoreItem(prompt=to_prompt(""), response="x"), "items[0].prompt.chat.messages[0].content"),
+        (reward_pb2.ScoreItem(prompt=policy_pb2.Prompt(text=" "), response="x"), "items[0].prompt.text"),
+    ],
+)
+async def test_bad_input_names_the_field(client: AsyncClient, item: reward_pb2.ScoreItem, field: str) -> None:
+    with pytest.raises(errors.InvalidArgument) as caught:
+        await client.score_items([item])
+    assert caught.value.field == field
+    with pytest.raises(errors.InvalidArgument) as caught:
+        await client.score_items([])
+    assert caught.value.field == "items"
+
+
+async def test_a_swap_is_true(deployment: Deployment, log: Log, client: AsyncClient, processes: list[Process]) -> None:
+    """After it, scores are those of a cold start; a call that it meets is scored by one version from end to end."""
+    store, before = deployment.store, await _scores(client)
+    new = deployment.publish(REWARD, 1, seed=1)
+    items = [reward_pb2.ScoreItem(prompt=to_prompt(prompt), response=answer) for prompt, answer in ITEMS]
+    answers: list[reward_pb2.ScoreResponse] = []
+    stop = asyncio.Event()
+
+    async def user() -> None:
+        while not stop.is_set():
+            answers.append(await client.score_items(items))
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(4):
+            group.create_task(user())
+        announce(log, new, store.load(new.version).manifest_sha256)
+
+        async def live() -> bool:
+            return (await client.reward()).version == new.version
+
+        await until(live)
+        await client.score_items(items)
+        stop.set()
+    after = await _scores(client)
+    assert min(abs(b - a) for b, a in zip(before, after, strict=True)) > 0.0
+    for answer in answers:
+        expected = before if answer.version == "reward-000000" else after
+        assert [score.score for score in answer.scores] == pytest.approx(expected, abs=0.1)
+    assert {answer.version for answer in answers} == {"reward-000000", "reward-000001"}
+
+    cold = _process(deployment, processes, "cold")
+    async with AsyncClient(reward=cold.address) as cold_client:
+        assert (await cold_client.reward()).version == new.version
+        assert await _scores(cold_client) == after
+    assert cold.stop() == 0
