@@ -100,7 +100,7 @@ def pip(*arguments: str | Path, expected: int = 0) -> None:
     `expected` is how many packages it will name, for the progress shown. Raises SetupError with what went wrong.
     """
     command = [PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", *arguments]
-    collected, last_told, lines = 0, time.monotonic(), list[str]()
+    fetched, last_told, lines = 0, time.monotonic(), list[str]()
     with LOG.open("a") as log:
         print("$", *command, file=log, flush=True)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -108,12 +108,12 @@ def pip(*arguments: str | Path, expected: int = 0) -> None:
         for line in process.stdout:
             log.write(line)
             lines.append(line.rstrip())
-            collected += line.startswith(("Collecting ", "Requirement already satisfied: "))
+            fetched += line.startswith(("Collecting ", "Processing ", "Requirement already satisfied: "))
             if line.startswith("Installing collected packages"):
                 say("unpacking")
-            elif expected and time.monotonic() - last_told > TOLD_EVERY_SECONDS:
+            elif 0 < fetched < expected and time.monotonic() - last_told > TOLD_EVERY_SECONDS:
                 last_told = time.monotonic()
-                say(f"{collected} of {expected} fetched")
+                say(f"{fetched} of {expected} fetched")
         if process.wait() != 0:
             errors = [line for line in lines if line.startswith("ERROR")] or lines[-10:]
             raise SetupError("\n".join([*errors, f"All that pip said is in {LOG}."]))
