@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from thumbwheel import errors
@@ -51,8 +51,13 @@ def sha256_bytes(data: bytes) -> str:
 
 
 def tree_size(folder: Path) -> int:
-    """Bytes in all files under `folder`; 0 where there is none."""
-    return sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+    """Bytes in all files under `folder`; 0 where there is none. Files may come and go meanwhile."""
+    size = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += Path(where, name).lstat().st_size
+    return size
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
