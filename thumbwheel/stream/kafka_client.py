@@ -1,0 +1,79 @@
+"""kafka-python as the rest of this package uses it: imported without a warning, quiet, and without leaking threads."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+with warnings.catch_warnings():
+    # It reads its schemas with a function that Python 3.11 deprecates.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import kafka
+    import kafka.structs
+    from kafka import errors
+    from kafka.net.compat import KafkaNetClient
+    from kafka.net.inet import KafkaNetSocket
+
+__all__ = ["MAX_MESSAGE_BYTES", "client", "errors", "kafka"]
+
+MAX_MESSAGE_BYTES = 2 * 1024 * 1024
+"""Largest record; topics are created with it."""
+
+_NOISY = ("net.transport", "net.connection", "net.manager", "cluster", "consumer.fetcher", "producer.sender")
+_NOISE_SECONDS = 60.0
+
+
+class _ClosingSocket(KafkaNetSocket):  # type: ignore[misc]  # kafka-python is not typed
+    """Connects without a proxy, as the default does, and closes the socket where that fails, as the default does not.
+
+    kafka-python finds the class by the scheme of `proxy_url`.
+    """
+
+    SCHEMES = ("direct",)
+
+    async def sock_connect(self, net: Any, sock: socket.socket, sockaddr: Any, timeout_at: float | None = None) -> Any:
+        try:
+            return await super().sock_connect(net, sock, sockaddr, timeout_at=timeout_at)
+        except BaseException:
+            sock.close()
+            raise
+
+
+class _Sparing(logging.Filter):
+    """Lets a message through once a minute: the client reports each of many attempts to connect a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[tuple[str, str], float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        key, now = (record.name, str(record.msg)), time.monotonic()
+        if now - self._last.get(key, -_NOISE_SECONDS) < _NOISE_SECONDS:
+            return False
+        self._last[key] = now
+        return True
+
+
+_sparing = _Sparing()
+
+
+def client(make: Callable[..., Any], **configs: Any) -> Any:
+    """Makes a Kafka client. Where it cannot reach a broker it raises, and the thread it had begun is ended."""
+    for name in _NOISY:
+        logging.getLogger(f"kafka.{name}").addFilter(_sparing)  # adding it twice adds it once
+    begun: list[KafkaNetClient] = []
+
+    def network(**given: Any) -> KafkaNetClient:
+        begun.append(KafkaNetClient(**given))
+        return begun[-1]
+
+    try:
+        return make(kafka_client=network, proxy_url="direct://", **configs)
+    except BaseException:
+        for each in begun:
+            each.close()
+        raise
