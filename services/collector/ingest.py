@@ -9,15 +9,13 @@ when. After a fault the consumer is made anew from the offsets in the database, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
-from google.protobuf.message import DecodeError
 from sqlalchemy import Connection
 from uuid_utils import uuid7
 
@@ -28,13 +26,11 @@ from services.collector.ledger import Recorded
 from services.collector.pause import RETRIED, Pause
 from services.collector.submission import check_id
 from thumbwheel import errors
-from thumbwheel.stream import topics
+from thumbwheel.stream import aio, deadletter, topics
 from thumbwheel.stream.log import Consumer, Log, Record, TopicPartition
 from thumbwheel.v1.events_pb2 import DeadLetter, GenerationEvent, Header
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 GROUP = "collector"
 READ = (topics.GENERATIONS,)
@@ -70,28 +66,31 @@ class Ingest:
         self._settings = settings
         self._committed = committed
         self._pause = Pause(settings.max_backoff_seconds)
-        self._consumer: Consumer | None = None
-        # A consumer is for one thread at a time.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ingest")
 
     async def run(self) -> None:
         """Stores what comes until it is cancelled. While the broker is away, or the disk full, tries again."""
+        while True:
+            try:
+                await self._follow()
+            except RETRIED as error:
+                logger.warning("reading waits", extra={"error": str(error), "seconds": self._pause.seconds})
+                await self._pause.wait()
+
+    async def _follow(self) -> None:
+        consumer = await self._open()
         try:
-            while True:
-                try:
-                    if self._consumer is None:
-                        await self._open()
-                    batch = await self._in_thread(self._poll)
-                    if batch is not None:
-                        await self._apply(batch)
+            batches = aio.records(consumer, max_records=MAX_RECORDS, poll_timeout=self._settings.poll_seconds)
+            async with contextlib.aclosing(batches):
+                async for records in batches:
+                    await self._apply(await asyncio.to_thread(decode_batch, records, consumer))
                     self._pause.reset()
-                except RETRIED as error:
-                    logger.warning("reading waits", extra={"error": str(error), "seconds": self._pause.seconds})
-                    await self._in_thread(self._close)
-                    await self._pause.wait()
         finally:
-            await self._in_thread(self._close)
-            self._thread.shutdown()
+            await asyncio.to_thread(consumer.close)
+
+    async def _open(self) -> Consumer:
+        start = await self._database.read(partial(outbox.load_positions, topics=READ))
+        ids = await self._database.read(partial(outbox.load_topic_ids, topics=READ))
+        return await asyncio.to_thread(self._log.consumer, READ, group=GROUP, start=start, topic_ids=ids)
 
     async def _apply(self, batch: Batch) -> None:
         joined = await self._database.write(batch.apply)
@@ -104,45 +103,22 @@ class Ingest:
             where = {"topic": dead.topic, "partition": dead.partition, "offset": dead.offset}
             logger.warning("a record could not be used", extra={**where, "reason": dead.reason})
 
-    async def _open(self) -> None:
-        start = await self._database.read(partial(outbox.load_positions, topics=READ))
-        ids = await self._database.read(partial(outbox.load_topic_ids, topics=READ))
 
-        def make() -> None:
-            self._consumer = self._log.consumer(READ, group=GROUP, start=start, topic_ids=ids)
-
-        await self._in_thread(make)
-
-    def _close(self) -> None:
-        consumer, self._consumer = self._consumer, None
-        if consumer is not None:
-            consumer.close()
-
-    def _poll(self) -> Batch | None:
-        consumer = self._consumer
-        assert consumer is not None, "opened before"
-        records = consumer.poll(self._settings.poll_seconds, MAX_RECORDS)
-        if not records:
-            return None
-        events: list[GenerationEvent] = []
-        dead: list[DeadLetter] = []
-        for record in records:
-            try:
-                events.append(decode(record.value))
-            except errors.InvalidArgument as error:
-                dead.append(dead_letter(record, str(error)))
-        return Batch(events, dead, consumer.positions(), consumer.topic_ids())
-
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+def decode_batch(records: Sequence[Record], consumer: Consumer) -> Batch:
+    """The batch that these records are, and where `consumer` goes on after them."""
+    events: list[GenerationEvent] = []
+    dead: list[DeadLetter] = []
+    for record in records:
+        try:
+            events.append(decode(record))
+        except errors.InvalidArgument as error:
+            dead.append(dead_letter(record, str(error)))
+    return Batch(events, dead, consumer.positions(), consumer.topic_ids())
 
 
-def decode(value: bytes) -> GenerationEvent:
+def decode(record: Record) -> GenerationEvent:
     """The event in a record. Raises `errors.InvalidArgument` naming what is wrong with it."""
-    try:
-        event = GenerationEvent.FromString(value)
-    except DecodeError as error:
-        raise errors.InvalidArgument(f"is no GenerationEvent: {error}.", field="value") from error
+    event = deadletter.decode(GenerationEvent, record)
     generation = event.generation
     check_id(event.tenant, "tenant")
     check_id(generation.generation_id, "generation.generation_id")
@@ -155,14 +131,17 @@ def decode(value: bytes) -> GenerationEvent:
 
 
 def dead_letter(record: Record, reason: str) -> DeadLetter:
-    """What is kept of a record that cannot be used: all of it, where it was, and why."""
+    """What is kept of a record that cannot be used: where it was, why, and as much of it as a record holds."""
+    value = record.value[: deadletter.MAX_VALUE_BYTES]
+    if len(value) < len(record.value):
+        reason = f"{reason} (first {len(value)} of {len(record.value)} bytes kept)"
     letter = DeadLetter(
         event_id=str(uuid7()),
         topic=record.topic,
         partition=record.partition,
         offset=record.offset,
         key=record.key,
-        value=record.value,
+        value=value,
         headers=[Header(key=key, value=value) for key, value in record.headers],
         reason=reason,
         consumer=GROUP,

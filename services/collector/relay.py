@@ -44,6 +44,11 @@ class Relay:
         self._settle_at = 0.0
         self._losses = 0
 
+    @property
+    def settled(self) -> bool:
+        """Whether the topics are there and have been compared with what was written to them."""
+        return self._producer is not None
+
     def wake(self) -> None:
         """Says that something was committed."""
         self._wake.set()

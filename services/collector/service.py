@@ -23,8 +23,7 @@ from services.collector.relay import Relay
 from services.collector.submission import Checker, check_id
 from thumbwheel import errors, serving
 from thumbwheel.auth import ReceiptKey
-from thumbwheel.stream.kafka import KafkaLog
-from thumbwheel.stream.log import Log
+from thumbwheel.stream import open_log
 from thumbwheel.v1 import preference_pb2_grpc
 from thumbwheel.v1.preference_pb2 import (
     ForgetRequest,
@@ -153,10 +152,10 @@ async def opened(settings: CollectorSettings) -> AsyncIterator[Database]:
         await asyncio.to_thread(database.close)
 
 
-async def collect(settings: CollectorSettings, log: Log | None = None) -> None:
+async def collect(settings: CollectorSettings) -> None:
     """Runs the collector until SIGTERM. Feedback is taken while the broker is away, and published when it is back."""
     checker = Checker(ReceiptKey.load(settings.keys_path), settings.max_text_bytes)
-    log = log or KafkaLog(settings.bootstrap_servers)
+    log = open_log(settings.bootstrap_servers)
     try:
         async with opened(settings) as database:
             relay = Relay(database, log, settings)

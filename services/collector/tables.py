@@ -38,9 +38,9 @@ RowNumber = BigInteger().with_variant(Integer(), "sqlite")
 generations = Table(
     "generations",
     metadata,
-    Column("generation_id", String(64), primary_key=True),
+    Column("generation_id", String(128), primary_key=True),
     Column("tenant", String(128), nullable=False),
-    Column("prompt_id", String(64), nullable=False, index=True),
+    Column("prompt_id", String(128), nullable=False, index=True),
     Column("event", LargeBinary, nullable=False, doc="The GenerationEvent: prompt, text, tokens, logprobs, spans."),
     Column("stored_at", BigInteger, nullable=False),
 )
@@ -48,17 +48,17 @@ generations = Table(
 feedback = Table(
     "feedback",
     metadata,
-    Column("feedback_id", String(64), primary_key=True),
+    Column("feedback_id", String(128), primary_key=True),
     Column("tenant", String(128), nullable=False),
     Column("idempotency_key", String(128), nullable=False),
     Column("body_sha256", LargeBinary(32), nullable=False, doc="Of the Feedback, serialised deterministically."),
     Column("user_id", String(128), nullable=False),
     Column("kind", String(16), nullable=False),
     Column("body", LargeBinary, nullable=False, doc="The Feedback."),
-    Column("prompt_id", String(64), nullable=False, index=True),
+    Column("prompt_id", String(128), nullable=False, index=True),
     Column("state", String(16), nullable=False, doc="Name of the FeedbackState, without its prefix."),
-    Column("reason", String(64), nullable=False),
-    Column("comparison_id", String(64), nullable=True),
+    Column("reason", String(128), nullable=False),
+    Column("comparison_id", String(128), nullable=True),
     Column("received_at", BigInteger, nullable=False),
     UniqueConstraint("tenant", "idempotency_key"),
 )
@@ -69,16 +69,16 @@ Index("ix_feedback_held", feedback.c.feedback_id, sqlite_where=held, postgresql_
 feedback_generations = Table(
     "feedback_generations",
     metadata,
-    Column("feedback_id", String(64), ForeignKey(feedback.c.feedback_id), primary_key=True),
+    Column("feedback_id", String(128), ForeignKey(feedback.c.feedback_id), primary_key=True),
     Column("place", Integer, primary_key=True, doc="0 for the first response, or the only one."),
-    Column("generation_id", String(64), nullable=False, index=True),
+    Column("generation_id", String(128), nullable=False, index=True),
 )
 
 outbox = Table(
     "outbox",
     metadata,
     Column("id", RowNumber, primary_key=True, autoincrement=True, doc="The order of publishing."),
-    Column("event_id", String(64), nullable=False),
+    Column("event_id", String(128), nullable=False),
     Column("topic", String(128), nullable=False),
     Column("key", LargeBinary, nullable=False),
     Column("schema", String(128), nullable=False, doc="Full name of the message."),
@@ -104,5 +104,5 @@ topic_ids = Table(
     "topic_ids",
     metadata,
     Column("topic", String(128), primary_key=True),
-    Column("topic_id", String(64), nullable=False, doc="The log that the topic's positions are offsets of."),
+    Column("topic_id", String(128), nullable=False, doc="The log that the topic's positions are offsets of."),
 )

@@ -1,0 +1,224 @@
+"""The service over gRPC: statuses that name the field and the remedy, and OK only for what is durable."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from prometheus_client import REGISTRY
+
+from services.collector import metrics, outbox
+from services.collector.config import CollectorSettings
+from services.collector.database import Database
+from services.collector.service import Preferences
+from services.collector.submission import Checker
+from tests.unit.services.collector import parts
+from tests.unit.services.collector.parts import A, B, Deployment
+from thumbwheel import errors, serving
+from thumbwheel.v1 import preference_pb2_grpc
+from thumbwheel.v1.preference_pb2 import (
+    FeedbackState,
+    ForgetRequest,
+    GetFeedbackRequest,
+    NextComparisonRequest,
+    RetractRequest,
+    SubmitFeedbackRequest,
+)
+
+OTHER_TENANT = ((serving.TENANT_KEY, "other"),)
+
+
+class Client:
+    """The stub, and how often the relay was woken."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.stub = preference_pb2_grpc.PreferenceServiceStub(channel)
+        self.woken = 0
+
+    def wake(self) -> None:
+        self.woken += 1
+
+
+@pytest.fixture
+async def client(database: Database, deployment: Deployment) -> AsyncIterator[Client]:
+    server = grpc.aio.server(interceptors=[serving.CallInterceptor()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        client = Client(channel)
+        preferences = Preferences(database, Checker(deployment.key, 1_000), client.wake)
+        preference_pb2_grpc.add_PreferenceServiceServicer_to_server(preferences, server)
+        await server.start()
+        yield client
+    await server.stop(None)
+
+
+@contextlib.asynccontextmanager
+async def refused(code: grpc.StatusCode) -> AsyncIterator[list[errors.ThumbwheelError]]:
+    caught: list[errors.ThumbwheelError] = []
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        yield caught
+    assert raised.value.code() == code, raised.value.details()
+    caught.append(errors.from_rpc_error(raised.value))
+
+
+def counter(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+async def call(answer: Awaitable[object]) -> object:
+    return await answer
+
+
+async def test_feedback_is_taken_found_and_taken_back(client: Client, deployment: Deployment) -> None:
+    feedback = parts.comparison(*deployment.pair(), A)
+    submitted = await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=feedback))
+    assert submitted.feedback_id
+    assert not submitted.duplicate
+    assert submitted.received_at.seconds > 0
+    again = await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=feedback))
+    assert (again.feedback_id, again.duplicate) == (submitted.feedback_id, True)
+    assert again.received_at == submitted.received_at
+    assert client.woken == 1
+    found = await client.stub.GetFeedback(GetFeedbackRequest(feedback_ids=["no", submitted.feedback_id]))
+    [record] = found.records
+    assert (record.feedback, record.state) == (feedback, FeedbackState.FEEDBACK_STATE_HELD)
+    request = RetractRequest(feedback_id=submitted.feedback_id, user_id="ann")
+    for _ in range(2):
+        retracted = await client.stub.Retract(request)
+        assert retracted.record.state == FeedbackState.FEEDBACK_STATE_RETRACTED
+    assert client.woken == 2
+
+
+async def test_a_conflict_names_the_key(client: Client, deployment: Deployment) -> None:
+    pair = deployment.pair()
+    await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=parts.comparison(*pair, A, key="the-key")))
+    refusals = counter("thumbwheel_collector_refused_total", reason="Conflict")
+    async with refused(grpc.StatusCode.ALREADY_EXISTS) as caught:
+        await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=parts.comparison(*pair, B, key="the-key")))
+    assert isinstance(caught[0], errors.Conflict)
+    assert "feedback.idempotency_key: 'the-key'" in caught[0].message
+    assert counter("thumbwheel_collector_refused_total", reason="Conflict") == refusals + 1
+
+
+async def test_a_bad_request_names_its_field(client: Client, deployment: Deployment) -> None:
+    a, _ = deployment.pair()
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=parts.comparison(a, a)))
+    assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    status = rpc_status.from_call(raised.value)
+    bad = error_details_pb2.BadRequest()
+    assert any(detail.Unpack(bad) for detail in status.details)
+    assert [violation.field for violation in bad.field_violations] == ["feedback.comparison.b"]
+
+
+async def test_a_forged_receipt_is_denied(
+    client: Client, database: Database, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    forger = Deployment.at(tmp_path_factory.mktemp("forger"))
+    async with refused(grpc.StatusCode.PERMISSION_DENIED) as caught:
+        await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=parts.thumb(forger.generation())))
+    assert "feedback.thumb.receipt" in str(caught[0])
+    assert (await database.read(outbox.levels)).unpublished == 0
+
+
+async def test_a_tenant_sees_only_its_own(client: Client, deployment: Deployment) -> None:
+    feedback = parts.thumb(deployment.generation())
+    async with refused(grpc.StatusCode.PERMISSION_DENIED):
+        await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=feedback), metadata=OTHER_TENANT)
+    id = (await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=feedback))).feedback_id
+    found = await client.stub.GetFeedback(GetFeedbackRequest(feedback_ids=[id]), metadata=OTHER_TENANT)
+    assert len(found.records) == 0
+    async with refused(grpc.StatusCode.NOT_FOUND):
+        await client.stub.Retract(RetractRequest(feedback_id=id, user_id="ann"), metadata=OTHER_TENANT)
+
+
+async def test_retract_and_get_check_what_they_are_given(client: Client) -> None:
+    for request, field in (
+        (RetractRequest(user_id="ann"), "feedback_id"),
+        (RetractRequest(feedback_id="x"), "user_id"),
+    ):
+        async with refused(grpc.StatusCode.INVALID_ARGUMENT) as caught:
+            await client.stub.Retract(request)
+        assert isinstance(caught[0], errors.InvalidArgument)
+        assert caught[0].field == field
+    async with refused(grpc.StatusCode.INVALID_ARGUMENT) as caught:
+        await client.stub.GetFeedback(GetFeedbackRequest(feedback_ids=[str(i) for i in range(1_001)]))
+    assert str(caught[0]).startswith("feedback_ids: holds 1001 ids")
+
+
+async def test_a_full_disk_says_what_to_do_and_passes(
+    client: Client, database: Database, deployment: Deployment
+) -> None:
+    pages = await database.write(lambda c: c.exec_driver_sql("PRAGMA page_count").scalar_one())
+    await database.write(lambda c: c.exec_driver_sql(f"PRAGMA max_page_count={pages}").close())
+    event = deployment.generation()
+    acked: list[str] = []
+    with pytest.raises(grpc.aio.AioRpcError) as raised:  # noqa: PT012 - how many fit into the last pages is not known
+        while len(acked) < 200:
+            request = SubmitFeedbackRequest(feedback=parts.comment(event, "x" * 900))
+            acked.append((await client.stub.SubmitFeedback(request)).feedback_id)
+    assert raised.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    failure = errors.from_rpc_error(raised.value)
+    assert isinstance(failure, errors.NoSpace)
+    assert "Free space" in failure.remedy
+    found = await client.stub.GetFeedback(GetFeedbackRequest(feedback_ids=acked))
+    assert len(found.records) == len(acked)
+    await database.write(lambda c: c.exec_driver_sql("PRAGMA max_page_count=1000000").close())
+    again = await client.stub.SubmitFeedback(request)
+    assert not again.duplicate
+    levels = await database.read(outbox.levels)
+    assert levels.unpublished == len(acked) + 1
+
+
+async def test_what_is_not_there_yet_says_so(client: Client) -> None:
+    for answer in (client.stub.NextComparison(NextComparisonRequest()), client.stub.Forget(ForgetRequest())):
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await call(answer)
+        assert raised.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_metrics_count_what_happened(client: Client, database: Database, deployment: Deployment) -> None:
+    recorded = counter("thumbwheel_collector_feedback_total", kind="comparison", state="HELD")
+    duplicates = counter("thumbwheel_collector_duplicates_total")
+    commits = counter("thumbwheel_collector_commit_seconds_count")
+    request = SubmitFeedbackRequest(feedback=parts.comparison(*deployment.pair()))
+    for _ in range(3):
+        await client.stub.SubmitFeedback(request)
+    assert counter("thumbwheel_collector_feedback_total", kind="comparison", state="HELD") == recorded + 1
+    assert counter("thumbwheel_collector_duplicates_total") == duplicates + 2
+    assert counter("thumbwheel_collector_commit_seconds_count") == commits + 3
+    with metrics.LevelCollector(lambda: database.read_now(outbox.levels)):
+        assert counter("thumbwheel_collector_outbox_depth") == 1
+        assert counter("thumbwheel_collector_held") == 1
+        assert 0 <= counter("thumbwheel_collector_outbox_oldest_seconds") < 60
+    assert REGISTRY.get_sample_value("thumbwheel_collector_held") is None
+
+
+def test_the_default_settings(tmp_path: Path) -> None:
+    settings = CollectorSettings(home=tmp_path)
+    assert (settings.listen, settings.metrics_port) == ("127.0.0.1:50053", 9103)
+    assert settings.database_url == f"sqlite:///{tmp_path}/collector.db"
+    assert CollectorSettings(database="postgresql://host/name").database_url == "postgresql://host/name"
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from services.collector.__main__ import main\n"
+        "sys.argv = ['collector', '--help']\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'sqlalchemy', 'alembic', 'grpc', 'kafka'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "--max-text-bytes" in ended.stdout
+    assert "Longest edit or comment" in ended.stdout
