@@ -125,6 +125,30 @@ def test_shared_library_is_light() -> None:
     assert [f"{path}:{line} imports {name}" for path in files for line, name in imported(path) if name in HEAVY] == []
 
 
+def test_every_import_is_declared() -> None:
+    project = PROJECT["project"]
+    optional = {extra: texts for extra, texts in project["optional-dependencies"].items() if extra != "gpu"}
+    everywhere, everything = project["dependencies"], direct_requirements()
+    allowed = {
+        "thumbwheel": [Requirement(text) for text in everywhere],
+        "services": [Requirement(text) for text in (*everywhere, *optional["cpu"], *optional["web"])],
+        "trainer": [Requirement(text) for text in (*everywhere, *optional["trainer"])],
+        "tests": everything,
+    }
+    providers = metadata.packages_distributions()
+    ours = {*allowed, "install", *sys.stdlib_module_names}
+    undeclared = [
+        f"{path}:{line} imports {name}"
+        for package, requirements in allowed.items()
+        for path in tracked(f"{package}/*.py")
+        for line, name in imported(path)
+        if name not in ours
+        and not {canonicalize_name(one) for one in providers.get(name, ())}
+        & {canonicalize_name(requirement.name) for requirement in requirements}
+    ]
+    assert undeclared == []
+
+
 def test_nothing_is_unpickled() -> None:
     files = tracked("thumbwheel/*.py", "services/*.py", "trainer/*.py")
     unsafe = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
