@@ -8,6 +8,7 @@ interrupted set-up goes on where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -19,7 +20,7 @@ import sys
 import sysconfig
 import time
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,9 +102,11 @@ def pip(*arguments: str | Path, expected: int = 0) -> None:
     """
     command = [PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", *arguments]
     fetched, last_told, lines = 0, time.monotonic(), list[str]()
-    with LOG.open("a") as log:
+    with (
+        LOG.open("a") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+    ):
         print("$", *command, file=log, flush=True)
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert process.stdout is not None
         for line in process.stdout:
             log.write(line)
@@ -114,9 +117,9 @@ def pip(*arguments: str | Path, expected: int = 0) -> None:
             elif 0 < fetched < expected and time.monotonic() - last_told > TOLD_EVERY_SECONDS:
                 last_told = time.monotonic()
                 say(f"{fetched} of {expected} fetched")
-        if process.wait() != 0:
-            errors = [line for line in lines if line.startswith("ERROR")] or lines[-10:]
-            raise SetupError("\n".join([*errors, f"All that pip said is in {LOG}."]))
+    if process.returncode != 0:
+        errors = [line for line in lines if line.startswith("ERROR")] or lines[-10:]
+        raise SetupError("\n".join([*errors, f"All that pip said is in {LOG}."]))
 
 
 def install_torch() -> None:
@@ -162,26 +165,41 @@ def say(text: str) -> None:
     print(f"setup: {text}", file=sys.stderr, flush=True)
 
 
-def main() -> None:
-    """Does what has not been done yet."""
-    os.environ.pop("PYTHONPATH", None)
+@contextlib.contextmanager
+def turn() -> Iterator[None]:
+    """Two `make` at once take turns. The lock goes with the process, whatever ends it."""
     folder = os.open(LOCKS, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)  # two `make` at once take turns; the lock goes with the process
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def set_up() -> None:
+    """Does what has not been done yet. Raises SetupError."""
     todo = [step for step in steps() if not step.done]
     if not todo:
         return
     started = time.monotonic()
+    check_machine()
+    create_venv()
+    STAMPS.mkdir(exist_ok=True)
+    for step in todo:
+        say(step.name)
+        step.run()
+        (STAMPS / step.name).write_text(step.digest)
+    say(f"ready in {time.monotonic() - started:.0f} s")
+
+
+def main() -> None:
+    """Sets up, or says why not."""
+    os.environ.pop("PYTHONPATH", None)
     try:
-        check_machine()
-        create_venv()
-        STAMPS.mkdir(exist_ok=True)
-        for step in todo:
-            say(step.name)
-            step.run()
-            (STAMPS / step.name).write_text(step.digest)
+        with turn():
+            set_up()
     except SetupError as error:
         sys.exit(f"setup: {error}")
-    say(f"ready in {time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":
