@@ -31,6 +31,7 @@ LOSSES = Counter(
 )
 
 _FETCH_WAIT_SECONDS = 0.1  # how late a record may be seen on a broker that answers waiting fetches only in the end
+_BEYOND_SECONDS = 1.5
 _SETTLE_SECONDS = 2.0
 _CLOSE_SECONDS = 1.0
 
@@ -56,6 +57,7 @@ class KafkaLogConsumer:
         self._topic_ids = {name: id for name, id in topic_ids.items() if name in topics}
         self._assigned: set[TopicPartition] = set()
         self._unplaced: set[TopicPartition] = set()
+        self._beyond: dict[TopicPartition, float] = {}  # since when a position has been past the end
         self._seen: Mapping[str, TopicState] = {}
         self._client: Any = None
         self._closed = False
@@ -231,14 +233,18 @@ class KafkaLogConsumer:
         lag = dict.fromkeys(self._topics, 0)
         for tp in self._assigned:
             end = self._client.highwater(kafka.TopicPartition(*tp))
-            if end is not None and end < self._positions[tp]:
+            if end is None or end >= self._positions[tp]:
+                self._beyond.pop(tp, None)
+            # For a moment a new leader may not know yet how far its predecessor was read.
+            elif time.monotonic() - self._beyond.setdefault(tp, time.monotonic()) > _BEYOND_SECONDS:
                 logger.warning(
                     "the position does not exist: reading from the oldest record",
                     extra={"topic": tp.topic, "partition": tp.partition, "position": self._positions.pop(tp)},
                 )
                 self._unplaced.add(tp)
+                del self._beyond[tp]
                 continue
-            lag[tp.topic] += (end or self._positions[tp]) - self._positions[tp]
+            lag[tp.topic] += max((end or 0) - self._positions[tp], 0)
         for name, records in lag.items():
             LAG.labels(name, self._group).set(records)
 

@@ -1,0 +1,111 @@
+"""The two logs that must keep the same promises, each with a broker of its own to mistreat."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from thumbwheel.stream.broker import EmbeddedBroker
+from thumbwheel.stream.kafka import KafkaLog
+from thumbwheel.stream.log import Log, TopicPartition
+from thumbwheel.stream.memory import MemoryLog
+
+QUEUE = 50
+DELIVERY_TIMEOUT = 1.5
+
+
+class Rig(Protocol):
+    """A log, and what can befall its broker. Queues hold 50 records; records are given up after 1.5 s."""
+
+    log: Log
+
+    def pause(self) -> None:
+        """The broker does not answer any more."""
+        ...
+
+    def resume(self) -> None:
+        """It answers again, and has what it had."""
+        ...
+
+    def restart(self) -> None:
+        """It is killed and started again, with nothing of what it had."""
+        ...
+
+    def committed(self, group: str) -> dict[TopicPartition, int]:
+        """What it knows of a group."""
+        ...
+
+
+class MemoryRig:
+    def __init__(self) -> None:
+        self.memory = MemoryLog(queue_size=QUEUE, delivery_timeout=DELIVERY_TIMEOUT)
+        self.log: Log = self.memory
+
+    def pause(self) -> None:
+        self.memory.stop()
+
+    def resume(self) -> None:
+        self.memory.start()
+
+    def restart(self) -> None:
+        self.memory.stop()
+        self.memory.lose()
+        self.memory.start()
+
+    def committed(self, group: str) -> dict[TopicPartition, int]:
+        return self.memory.committed(group)
+
+
+class KafkaRig:
+    def __init__(self, folder: Path) -> None:
+        self.broker = EmbeddedBroker(port=0, log=folder / "broker.log")
+        self.broker.start()
+        self.log: Log = KafkaLog(
+            self.broker.bootstrap_servers,
+            queue_records=QUEUE,
+            delivery_timeout=DELIVERY_TIMEOUT,
+            refresh_interval=0.1,
+            request_timeout=1.0,
+        )
+
+    def pause(self) -> None:
+        assert self.broker.pid is not None
+        os.kill(self.broker.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        assert self.broker.pid is not None
+        os.kill(self.broker.pid, signal.SIGCONT)
+
+    def restart(self) -> None:
+        self.broker.kill()
+        self.broker.start()
+
+    def committed(self, group: str) -> dict[TopicPartition, int]:
+        from thumbwheel.stream.kafka_client import client, kafka
+
+        admin = client(kafka.KafkaAdminClient, bootstrap_servers=self.broker.bootstrap_servers)
+        try:
+            offsets = admin.list_group_offsets(group)[group]
+            return {TopicPartition(*tp): found.offset for tp, found in offsets.items()}
+        finally:
+            admin.close()
+
+
+@pytest.fixture(params=["memory", "kafka"])
+def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
+    if request.param == "memory":
+        memory = MemoryRig()
+        yield memory
+        memory.log.close()
+        return
+    kafka = KafkaRig(tmp_path)
+    try:
+        yield kafka
+    finally:
+        kafka.log.close()
+        kafka.broker.kill()
