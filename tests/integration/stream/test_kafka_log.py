@@ -1,0 +1,198 @@
+"""What only a real broker shows."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import REGISTRY
+
+from thumbwheel import errors
+from thumbwheel.stream import open_log
+from thumbwheel.stream.broker import EmbeddedBroker
+from thumbwheel.stream.kafka import KafkaLog
+from thumbwheel.stream.kafka_client import kafka
+from thumbwheel.stream.log import Topic, TopicPartition
+
+SECONDS = 15.0
+T = "thumbwheel.test.v1"
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[EmbeddedBroker]:
+    with EmbeddedBroker(port=0, log=tmp_path / "broker.log") as started:
+        yield started
+
+
+@pytest.fixture
+def log(broker: EmbeddedBroker) -> Iterator[KafkaLog]:
+    opened = KafkaLog(broker.bootstrap_servers, refresh_interval=0.1, delivery_timeout=10.0)
+    opened.ensure_topics([Topic(T, 2)], SECONDS)
+    yield opened
+    opened.close()
+
+
+def metric(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+def read(log: KafkaLog, count: int) -> list[bytes]:
+    consumer = log.consumer([T], group="reader")
+    got: list[bytes] = []
+    deadline = time.monotonic() + SECONDS
+    while len(got) < count and time.monotonic() < deadline:
+        got += [r.value for r in consumer.poll(0.5)]
+    consumer.close()
+    return got
+
+
+def test_a_log_may_be_opened_before_its_broker_runs(tmp_path: Path) -> None:
+    with EmbeddedBroker(port=0, log=tmp_path / "broker.log") as broker:
+        pass  # so that the port is known, and free
+    log = open_log(broker.bootstrap_servers)
+    producer, consumer = log.producer(), log.consumer([T], group="g")
+    waiting = producer.send(T, b"k", b"early")
+    with pytest.raises(errors.Unavailable, match=broker.bootstrap_servers):
+        log.ensure_topics([Topic(T)], 0.3)
+    assert consumer.poll(0.1) == []
+    broker.start()
+    try:
+        assert waiting.result(SECONDS).offset == 0  # the topic was made, though `ensure_topics` had given up
+        assert [r.value for r in consumer.poll(SECONDS)] == [b"early"]
+    finally:
+        consumer.close()
+        producer.close(SECONDS)
+        log.close()
+        broker.kill()
+
+
+def test_several_producers_survive_a_broker_that_gives_their_ids_away_again(
+    broker: EmbeddedBroker, log: KafkaLog
+) -> None:
+    producers = [log.producer() for _ in range(3)]
+    for n in range(4):
+        for producer in producers:
+            producer.send(T, b"k", b"old %d" % n).result(SECONDS)
+    broker.kill()
+    broker.start()
+    # The last producer of before is the first of now, and has the first one's id.
+    futures = [
+        p.send(T, b"k", b"new %d %d" % (n, i)) for n in range(6) for i, p in reversed(list(enumerate(producers)))
+    ]
+    positions = [future.result(SECONDS) for future in futures]
+    assert len(set(positions)) == 18
+    got = read(log, 18)
+    for i in range(3):
+        mine = [value for value in got if value.endswith(b" %d" % i)]
+        assert list(dict.fromkeys(mine)) == [b"new %d %d" % (n, i) for n in range(6)]
+    for producer in producers:
+        producer.close(SECONDS)
+
+
+def test_a_duplicate_that_is_none_is_not_taken_for_success(log: KafkaLog) -> None:
+    """A producer id that a broker has given away again: the sequence number is another record's."""
+    producer = log.producer()
+    at = producer.send(T, b"k", b"first").result(SECONDS)
+    # What a broker does that lost its log, seen from here: our next sequence number was used by somebody else.
+    producer._client._transaction_manager._sequence_numbers[kafka.TopicPartition(T, at.partition)] = 0
+    assert producer.send(T, b"k", b"second").result(SECONDS).offset == 1
+    assert read(log, 2) == [b"first", b"second"]
+    producer.close(SECONDS)
+
+
+def test_records_up_to_two_mebibytes_pass_and_larger_ones_are_refused(log: KafkaLog) -> None:
+    producer = log.producer()
+    large = bytes(2 * 1024 * 1024 - 1024)
+    assert producer.send(T, b"k", large).result(SECONDS).offset == 0
+    with pytest.raises(errors.InvalidArgument, match="value: A record of"):
+        producer.send(T, b"k", large + bytes(1024)).result(SECONDS)
+    assert producer.send(T, b"k", b"next").result(SECONDS).offset == 1
+    assert [len(value) for value in read(log, 2)] == [len(large), 4]
+    producer.close(SECONDS)
+
+
+def test_the_queue_is_bounded_in_bytes(broker: EmbeddedBroker) -> None:
+    log = KafkaLog(broker.bootstrap_servers, queue_bytes=100_000, delivery_timeout=SECONDS)
+    log.ensure_topics([Topic(T)], SECONDS)
+    producer = log.producer()
+    broker.kill()
+    kept = producer.send(T, b"k", bytes(60_000))
+    with pytest.raises(errors.ResourceExhausted, match="1 records"):
+        producer.send(T, b"k", bytes(60_000)).result(0)
+    assert not kept.done()
+    with pytest.raises(errors.DeadlineExceeded):
+        producer.close(0.1)
+    with pytest.raises(errors.Unavailable, match="closed"):
+        kept.result(0)
+    log.close()
+
+
+def test_a_record_is_read_soon_after_it_is_written(log: KafkaLog) -> None:
+    producer, consumer = log.producer(), log.consumer([T], group="g")
+    consumer.poll(0.2)
+    took = []
+    for n in range(5):
+        began = time.monotonic()
+        producer.send(T, b"%d" % n, b"x")
+        assert len(consumer.poll(SECONDS)) == 1
+        took.append(time.monotonic() - began)
+    assert sorted(took)[2] < 0.5, took
+    consumer.close()
+    producer.close(SECONDS)
+
+
+def test_metrics_count_records_and_lag(log: KafkaLog) -> None:
+    names = ["sent", "acked"]
+    before = {name: metric(f"thumbwheel_stream_records_{name}_total", topic=T) for name in names}
+    producer = log.producer()
+    for _ in range(10):
+        producer.send(T, b"k", b"v")
+    producer.flush(SECONDS)
+    consumer = log.consumer([T], group="lagging")
+    deadline = time.monotonic() + SECONDS
+    while not (got := consumer.poll(0.5, max_records=4)):
+        assert time.monotonic() < deadline
+    assert metric("thumbwheel_stream_consumer_lag", topic=T, group="lagging") == 10 - len(got)
+    after = {name: metric(f"thumbwheel_stream_records_{name}_total", topic=T) for name in names}
+    assert {name: after[name] - before[name] for name in names} == {"sent": 10, "acked": 10}
+    assert metric("thumbwheel_stream_up") == 1
+    consumer.close()
+    producer.close(SECONDS)
+
+
+def test_nothing_is_left_running_though_the_broker_is_away(broker: EmbeddedBroker) -> None:
+    before = set(threading.enumerate())
+    log = KafkaLog(broker.bootstrap_servers, refresh_interval=0.1)
+    log.ensure_topics([Topic(T)], SECONDS)
+    producer, consumer = log.producer(), log.consumer([T], group="g")
+    producer.send(T, b"k", b"v").result(SECONDS)
+    assert len(consumer.poll(SECONDS)) == 1
+    broker.kill()
+    producer.send(T, b"k", b"never")
+    fresh = log.producer()
+    fresh.send(T, b"k", b"never")
+    assert consumer.poll(0.5) == []
+    for each in (producer, fresh):
+        with pytest.raises(errors.DeadlineExceeded):
+            each.close(0.1)
+    consumer.close()
+    log.close()
+    deadline = time.monotonic() + SECONDS
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        next(iter(left)).join(1.0)
+    assert left == set()
+
+
+def test_new_partitions_are_read_too(broker: EmbeddedBroker, log: KafkaLog) -> None:
+    """A log made anew by somebody with other partitions: all of them are read."""
+    consumer = log.consumer(["other"], group="g")
+    assert consumer.positions() == {}
+    log.ensure_topics([Topic("other", 3)], SECONDS)
+    deadline = time.monotonic() + SECONDS
+    while len(consumer.positions()) < 3:
+        assert time.monotonic() < deadline
+    assert consumer.positions() == {TopicPartition("other", n): 0 for n in range(3)}
+    consumer.close()
