@@ -53,7 +53,7 @@ check-code: setup
 .PHONY: check-protos
 check-protos: setup
 	@fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; $(call protoc,"$$fresh"); \
-	diff -r -x '__*' "$$fresh/$(STUBS)" $(STUBS) || { echo "$(STUBS) is not what proto/ says: make protos" >&2; exit 1; }
+	diff -rq -x '__*' "$$fresh/$(STUBS)" $(STUBS) || { echo "$(STUBS) is not what proto/ says: make protos" >&2; exit 1; }
 	cd proto && ../$(BIN)/buf lint
 	cd proto && ../$(BIN)/buf breaking --against $(GOLDEN:proto/%=%)
 
