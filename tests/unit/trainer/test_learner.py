@@ -1,0 +1,186 @@
+"""The learner lowers its loss, adds up gradients rightly, and goes on bit for bit where it was."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit.trainer.samples import make_sample, make_samples
+from thumbwheel import errors
+from thumbwheel.v1.rollout_pb2 import ModelRole
+from trainer import batch, losses, models
+from trainer.buffer import Sample
+from trainer.config import TrainerSettings
+from trainer.learner import Learner, Reference, StepReport, Stopped, reference_logprobs
+from trainer.losses import Objective
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+POLICY, REWARD = ModelRole.MODEL_ROLE_POLICY, ModelRole.MODEL_ROLE_REWARD
+
+
+def settings_with(**changes: object) -> TrainerSettings:
+    return TrainerSettings.model_validate({"batch_size": 4, "micro_batch_tokens": 80, "beta": 0.5, **changes})
+
+
+def dpo(settings: TrainerSettings) -> Objective:
+    return losses.objective("dpo", POLICY, settings)
+
+
+def weights(learner: Learner, folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    folder.mkdir(parents=True)
+    learner.write_model(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def one_step(
+    path: Path, samples: list[Sample], settings: TrainerSettings, reference: Reference
+) -> tuple[StepReport, list[StepReport]]:
+    learner = Learner(dpo(settings), path, settings, learning_rate=1e-3)
+    reports: list[StepReport] = []
+    learner.learn(samples, reference, round_number=1, on_step=reports.append)
+    learner.close()
+    return reports[0], reports
+
+
+def test_dpo_lowers_its_loss_and_widens_the_margin(policy_path: Path) -> None:
+    settings = settings_with(epochs=8, batch_size=8, micro_batch_tokens=200)
+    samples = make_samples(8)
+    reference = reference_logprobs(dpo(settings), policy_path, samples, settings, lambda: False)
+    _, reports = one_step(policy_path, samples, settings, reference)
+    assert [report.step for report in reports] == list(range(1, 9))
+    assert reports[0].loss == pytest.approx(math.log(2), abs=0.02)
+    assert reports[0].margin == pytest.approx(0.0, abs=0.05)
+    assert reports[-1].loss < 0.2
+    assert reports[-1].margin > 2.0
+    assert reports[-1].accuracy == 1.0
+
+
+def test_the_reward_model_learns_to_rank(reward_path: Path) -> None:
+    settings = settings_with(epochs=8, batch_size=8)
+    learner = Learner(losses.objective("reward", REWARD, settings), reward_path, settings, learning_rate=1e-3)
+    reports: list[StepReport] = []
+    learner.learn(make_samples(8), {}, round_number=1, on_step=reports.append)
+    learner.close()
+    assert reports[-1].loss < reports[0].loss / 2
+    assert reports[-1].accuracy == 1.0
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_micro_batches_add_up_to_the_gradient_of_the_step(stage: int, policy_path: Path) -> None:
+    samples = make_samples(8)
+    reports = []
+    for tokens in (1, 60, 10_000):
+        settings = settings_with(zero_stage=stage, batch_size=8, micro_batch_tokens=tokens)
+        reference = {sample.id: (-40.0, -42.0) for sample in samples}
+        reports.append(one_step(policy_path, samples, settings, reference)[0])
+    for report in reports[1:]:
+        assert report.loss == pytest.approx(reports[0].loss, rel=0.02)
+        assert report.grad_norm == pytest.approx(reports[0].grad_norm, rel=0.03)
+
+
+def test_a_sample_that_weighs_twice_counts_twice(policy_path: Path) -> None:
+    settings = settings_with(micro_batch_tokens=10_000)
+    single, double = (make_sample(random.Random(3), weight=weight) for weight in (1.0, 2.0))
+    norms = [
+        one_step(policy_path, [sample], settings, {sample.id: (-40.0, -42.0)})[0].grad_norm
+        for sample in (single, double)
+    ]
+    assert norms[1] == pytest.approx(2 * norms[0], rel=1e-3)
+
+
+def test_prompt_tokens_get_no_loss(policy_path: Path) -> None:
+    """What the model says after each prompt token but the last does not change the loss, so it gets no gradient."""
+    model = models.load_causal(policy_path).float()
+    sample = make_sample(random.Random(0), prompt=7, chosen=3, rejected=4)
+    gradients: list[torch.Tensor] = []
+    model.model.norm.register_full_backward_hook(lambda module, inputs, outputs: gradients.append(outputs[0]))
+    models.response_logprobs(model, batch.collate([sample])).sum().backward()  # type: ignore[no-untyped-call]
+    norms = gradients[0][0].norm(dim=-1)
+    predicts = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 0], dtype=torch.bool)
+    assert (norms[~predicts] == 0).all()
+    assert (norms[predicts] > 0).all()
+
+
+@pytest.mark.parametrize("role", ["policy", "reward"])
+def test_a_restart_between_rounds_changes_no_bit(
+    role: str, policy_path: Path, reward_path: Path, tmp_path: Path
+) -> None:
+    settings = settings_with(warmup_steps=3)
+    objective = dpo(settings) if role == "policy" else losses.objective("reward", REWARD, settings)
+    path = policy_path if role == "policy" else reward_path
+    samples = make_samples(16)
+    reference = {sample.id: (-40.0, -42.0) for sample in samples}
+    rounds = [samples[:8], samples[8:]]
+
+    straight = Learner(objective, path, settings, learning_rate=1e-3)
+    for number, part in enumerate(rounds, 1):
+        straight.learn(part, reference, round_number=number)
+    expected = weights(straight, tmp_path / "straight")
+    straight.close()
+
+    first = Learner(objective, path, settings, learning_rate=1e-3)
+    first.learn(rounds[0], reference, round_number=1)
+    first.save(tmp_path / "checkpoint")
+    middle = weights(first, tmp_path / "first")
+    first.close()
+    second = Learner(objective, path, settings, learning_rate=1e-3, steps_done=first.steps_done)
+    second.restore(tmp_path / "checkpoint")
+    second.learn(rounds[1], reference, round_number=2)
+    resumed = weights(second, tmp_path / "second")
+    second.close()
+
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert not all(torch.equal(expected[name], middle[name]) for name in expected)
+
+
+def test_the_reference_pass_equals_the_models_own_logprobs(policy_path: Path) -> None:
+    settings = settings_with()
+    samples = make_samples(5)
+    reference = reference_logprobs(dpo(settings), policy_path, samples, settings, lambda: False)
+    model = models.load_causal(policy_path).eval()
+    for sample in samples:
+        for response, found in zip((sample.chosen, sample.rejected), reference[sample.id], strict=True):
+            own = models.continuation_logprobs(model, sample.prompt, response)
+            assert found == pytest.approx(sum(own), rel=0.02)
+
+
+def test_a_long_sample_recomputes_its_activations_and_learns_the_same(policy_path: Path) -> None:
+    sample = make_sample(random.Random(0), prompt=30, chosen=20, rejected=20)
+    norms = [
+        one_step(policy_path, [sample], settings_with(micro_batch_tokens=tokens), {sample.id: (-99.0, -99.0)})[0]
+        for tokens in (10, 10_000)
+    ]
+    assert norms[0] == norms[1]
+
+
+def test_divergence_is_an_error_that_says_what_to_do(policy_path: Path) -> None:
+    settings = settings_with()
+    samples = make_samples(4)
+    learner = Learner(dpo(settings), policy_path, settings, learning_rate=1e-3)
+    with pytest.raises(errors.Internal, match=r"loss is nan at step 1 .*not published.*Lower the learning rate"):
+        learner.learn(samples, {sample.id: (math.nan, 0.0) for sample in samples}, round_number=1)
+    learner.close()
+
+
+def test_being_stopped_gives_the_round_up(policy_path: Path) -> None:
+    settings = settings_with()
+    samples = make_samples(8)
+    learner = Learner(dpo(settings), policy_path, settings, learning_rate=1e-3)
+    asked: list[bool] = []
+
+    def stop() -> bool:
+        asked.append(len(asked) == 3)
+        return asked[-1]
+
+    with pytest.raises(Stopped):
+        learner.learn(samples, {sample.id: (-40.0, -42.0) for sample in samples}, round_number=1, stop=stop)
+    assert learner.steps_done < 2
+    learner.close()

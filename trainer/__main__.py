@@ -1,0 +1,77 @@
+"""`python -m trainer`, or `torchrun -m trainer`: the trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+from thumbwheel import errors, telemetry
+from trainer import runtime
+from trainer.config import TrainerSettings
+
+if TYPE_CHECKING:
+    from thumbwheel.auth import ManifestSigner
+    from thumbwheel.checkpoints.store import LocalStore
+
+logger = logging.getLogger("trainer")
+
+
+def main(settings: TrainerSettings, stop: threading.Event) -> None:
+    """Publishes version 0 where asked to; then learns until `stop`."""
+    from thumbwheel.auth import ManifestSigner, ManifestVerifier
+    from thumbwheel.checkpoints.store import LocalStore
+
+    store = LocalStore(settings.store_path, ManifestVerifier.load(settings.keys_path))
+    signer = ManifestSigner.load(settings.keys_path)
+    if settings.init_only or settings.base_model:
+        _ensure_base(settings, store, signer)
+    if settings.init_only:
+        return
+
+    from thumbwheel.serving import health_server
+    from thumbwheel.stream import open_log, topics
+
+    with (
+        health_server(process="trainer", listen=settings.listen, metrics_port=settings.metrics_port) as ready,
+        contextlib.closing(open_log(settings.bootstrap_servers)) as log,
+    ):
+        runtime.prepare(settings.threads)
+        from trainer import loop
+        from trainer.task import Shared, Task
+
+        wanted = topics.topics(partitions=settings.topic_partitions, replication=settings.topic_replication)
+        log.ensure_topics(wanted, settings.start_timeout_seconds)
+        with contextlib.ExitStack() as opened:
+            producer = log.producer()
+            opened.callback(producer.close, 5.0)
+            shared = Shared(settings, log, producer, store, signer, stop)
+            tasks = []
+            for name in settings.tasks:
+                tasks.append(Task(name, shared, resident=len(settings.tasks) == 1))
+                opened.callback(tasks[-1].close)
+            loop.run(tasks, stop, ready)
+
+
+def _ensure_base(settings: TrainerSettings, store: LocalStore, signer: ManifestSigner) -> None:
+    from trainer import base, publish
+
+    runtime.quiet_transformers()
+    publish.ensure_base(base.fetch(settings.base_model or None, progress=sys.stderr.isatty()), store, signer)
+
+
+if __name__ == "__main__":
+    parsed = TrainerSettings.from_command_line(prog="python -m trainer")
+    telemetry.setup_logging("trainer", parsed.log_level)
+    asked_to_stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked_to_stop.set())
+    runtime.before_imports()
+    try:
+        main(parsed, asked_to_stop)
+    except errors.ThumbwheelError as error:
+        logger.critical("%s", error)
+        raise SystemExit(1) from None

@@ -1,0 +1,126 @@
+"""What has come in and is not learnt yet, and the ids of all that ever came in: nothing is learnt twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from thumbwheel import errors
+
+PENDING = "pending.jsonl"
+LEARNT = "learnt.txt"
+RETRACTED = "retracted.txt"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sample:
+    """A comparison in tokens."""
+
+    id: str
+    """The comparison's id."""
+
+    prompt: tuple[int, ...]
+    """Token ids of the prompt, left-truncated where it was too long."""
+
+    chosen: tuple[int, ...]
+    """Token ids of the better response."""
+
+    rejected: tuple[int, ...]
+    """Token ids of the worse response."""
+
+    weight: float
+    """Weight in the loss."""
+
+    received_at: float
+    """When the last of its votes was committed, in seconds since the epoch."""
+
+    versions: tuple[str, ...] = ()
+    """The policy versions that wrote the responses; none where people did."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of prompt and both responses."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+class Buffer:
+    """Samples that wait, oldest first, and the fate of every id seen."""
+
+    def __init__(self) -> None:
+        self._pending: dict[str, Sample] = {}
+        self._arrived: dict[str, float] = {}
+        self._learnt: set[str] = set()
+        self._retracted: set[str] = set()
+
+    def __len__(self) -> int:
+        """Samples that wait."""
+        return len(self._pending)
+
+    def __contains__(self, sample_id: str) -> bool:
+        """True for an id that was ever seen: it waits, is learnt, or was retracted."""
+        return sample_id in self._pending or sample_id in self._learnt or sample_id in self._retracted
+
+    def add(self, sample: Sample, now: float) -> bool:
+        """Takes in a sample that arrived at `now` (any clock that only rises). False for one seen before."""
+        if sample.id in self:
+            return False
+        self._pending[sample.id] = sample
+        self._arrived[sample.id] = now
+        return True
+
+    def retract(self, sample_id: str) -> bool:
+        """Forgets a sample that waits, and refuses it from now on. True where it was learnt already (told once)."""
+        first = sample_id not in self._retracted
+        self._retracted.add(sample_id)
+        if self._pending.pop(sample_id, None) is not None:
+            del self._arrived[sample_id]
+        return first and sample_id in self._learnt
+
+    def due(self, now: float, *, round_size: int, min_round_size: int, max_wait: float) -> bool:
+        """True where a round is to start: enough samples wait, or fewer have waited for long enough."""
+        if len(self._pending) >= round_size:
+            return True
+        return len(self._pending) >= min_round_size and now - min(self._arrived.values()) >= max_wait
+
+    def oldest(self, count: int) -> list[Sample]:
+        """The `count` samples that arrived first; they go on waiting until they are `learnt`."""
+        return [sample for sample, _ in zip(self._pending.values(), range(count), strict=False)]
+
+    def learnt(self, sample_ids: Iterable[str]) -> None:
+        """Marks samples as learnt."""
+        for sample_id in sample_ids:
+            self._learnt.add(sample_id)
+            if self._pending.pop(sample_id, None) is not None:
+                del self._arrived[sample_id]
+
+    def save(self, folder: Path) -> None:
+        """Writes everything into `folder`."""
+        lines = (json.dumps(dataclasses.asdict(sample), separators=(",", ":")) for sample in self._pending.values())
+        _write_lines(folder / PENDING, lines)
+        _write_lines(folder / LEARNT, sorted(self._learnt))
+        _write_lines(folder / RETRACTED, sorted(self._retracted))
+
+    @classmethod
+    def load(cls, folder: Path, now: float) -> Buffer:
+        """Reads what `save` wrote; what waits counts as arrived at `now`. Raises `errors.CorruptCheckpoint`."""
+        buffer = cls()
+        try:
+            for line in (folder / PENDING).read_text().splitlines():
+                fields = json.loads(line)
+                for name in ("prompt", "chosen", "rejected", "versions"):
+                    fields[name] = tuple(fields[name])
+                buffer.add(Sample(**fields), now)
+            buffer._learnt.update((folder / LEARNT).read_text().split())
+            buffer._retracted.update((folder / RETRACTED).read_text().split())
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise errors.CorruptCheckpoint(
+                f"{folder}: the buffer cannot be read: {error}.", remedy="Was it written by another release?"
+            ) from error
+        return buffer
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    with path.open("w") as file:
+        file.writelines(line + "\n" for line in lines)

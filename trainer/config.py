@@ -1,0 +1,127 @@
+"""Settings of the trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import NoDecode
+
+from thumbwheel.config import Address, Settings
+
+TaskName = Literal["policy", "reward"]
+
+
+class TrainerSettings(Settings):
+    """Learns from comparisons for ever, and publishes new versions of the policy and of the reward model."""
+
+    listen: Address = "127.0.0.1:50054"
+    """Address of gRPC health; port 0 takes any free one."""
+
+    metrics_port: int = Field(default=9104, ge=0, le=65535)
+    """Port of the Prometheus metrics, on the same host as `listen`."""
+
+    tasks: Annotated[tuple[TaskName, ...], NoDecode] = ("policy", "reward")
+    """What to train, separated by commas. With more than one they take turns, and only one is in memory at a time."""
+
+    base_model: str = ""
+    """Model that both roles begin from, where the store has none yet: a folder or a Hugging Face id."""
+
+    init_only: bool = False
+    """Publish the base model as version 0 of both roles where there is none, and end."""
+
+    round_size: int = Field(default=48, ge=1)
+    """A round starts as soon as so many comparisons wait; it learns from so many, the oldest first."""
+
+    min_round_size: int = Field(default=8, ge=1)
+    """Fewer comparisons than this start no round, however long they wait."""
+
+    max_wait_seconds: float = Field(default=60.0, ge=0)
+    """With at least `min_round_size`, a round starts once the oldest has waited so long."""
+
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the comparisons of a round."""
+
+    batch_size: int = Field(default=8, ge=1)
+    """Comparisons an optimizer step, at the most; a round is divided into steps as even as can be."""
+
+    policy_objective: str = "dpo"
+    """Objective of the task `policy`, by its name in `trainer/losses`."""
+
+    reward_objective: str = "reward"
+    """Objective of the task `reward`, by its name in `trainer/losses`."""
+
+    policy_learning_rate: float = Field(default=1e-6, gt=0)
+    """Learning rate of the policy."""
+
+    reward_learning_rate: float = Field(default=1e-5, gt=0)
+    """Learning rate of the reward model."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps over which the learning rate rises to its value; it is constant afterwards."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """Weight of the KL term that keeps the policy near its reference."""
+
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of AdamW."""
+
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's first moment."""
+
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of AdamW's second moment."""
+
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """AdamW's epsilon."""
+
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients longer than this are scaled down to it."""
+
+    max_length: int = Field(default=1024, ge=8)
+    """Most tokens of a prompt and one response. Prompts lose their beginning; responses are never cut."""
+
+    micro_batch_tokens: int = Field(default=512, ge=1)
+    """Tokens that one forward and backward pass takes, padding included; what is longer recomputes its activations."""
+
+    seed: int = 0
+    """Seed of the order of samples; the same events and the same settings give the same weights."""
+
+    zero_stage: Literal[1, 2] = 2
+    """DeepSpeed ZeRO stage. 2 accumulates gradients in fp32, 1 in bf16; with one rank 2 also takes less memory."""
+
+    threads: int = Field(default=0, ge=0)
+    """Threads to compute with; 0 leaves it to OMP_NUM_THREADS, or else to the number of cores."""
+
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Training checkpoints kept a task."""
+
+    start_timeout_seconds: float = Field(default=60.0, gt=0)
+    """How long to wait for the broker at the start."""
+
+    @property
+    def training_path(self) -> Path:
+        """Folder of the training checkpoints."""
+        return self.home / "trainer"
+
+    def learning_rate(self, task: TaskName) -> float:
+        """The learning rate of a task."""
+        return self.policy_learning_rate if task == "policy" else self.reward_learning_rate
+
+    def objective(self, task: TaskName) -> str:
+        """The name of a task's objective."""
+        return self.policy_objective if task == "policy" else self.reward_objective
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            raise ValueError("tasks names each of policy and reward once at the most, and at least one")
+        if self.min_round_size > self.round_size:
+            raise ValueError(f"min_round_size is {self.min_round_size}, more than round_size, {self.round_size}")
+        return self

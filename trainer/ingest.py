@@ -1,0 +1,158 @@
+"""From the `comparisons` topic to samples. What cannot be used goes to the dead letters and holds nothing up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from thumbwheel import errors
+from thumbwheel.stream import deadletter, topics
+from thumbwheel.stream.log import Log, Producer, Record, TopicPartition
+from thumbwheel.v1.events_pb2 import ComparedResponse, ComparisonEvent, ComparisonState
+from trainer import metrics
+from trainer.buffer import Buffer, Sample
+
+logger = logging.getLogger(__name__)
+
+
+class Encoder:
+    """Turns comparisons into tokens, with the tokenizer of the base model in `path`."""
+
+    def __init__(self, path: Path, *, max_length: int, scores_text: bool) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(path))
+        self._vocab_size = int(AutoConfig.from_pretrained(str(path)).vocab_size)
+        self._max_length = max_length
+        self._scores_text = scores_text
+        if self.tokenizer.eos_token_id is None:
+            raise errors.FailedPrecondition(
+                f"{path}: the tokenizer has no end-of-text token.", remedy="Set eos_token in tokenizer_config.json."
+            )
+
+    def encode(self, event: ComparisonEvent) -> Sample:
+        """The sample of an accepted comparison. Raises `errors.InvalidArgument` naming the field that is wrong."""
+        if not event.prompt_token_ids:
+            raise errors.InvalidArgument("is empty.", field="prompt_token_ids")
+        if not math.isfinite(event.weight) or event.weight <= 0:
+            raise errors.InvalidArgument(f"is {event.weight}, not a positive number.", field="weight")
+        chosen, rejected = self._response(event.chosen), self._response(event.rejected)
+        for field, ids in (
+            ("prompt_token_ids", event.prompt_token_ids),
+            ("chosen.token_ids", chosen),
+            ("rejected.token_ids", rejected),
+        ):
+            if (top := max(ids)) >= self._vocab_size:
+                raise errors.InvalidArgument(
+                    f"has {top}, but the vocabulary ends at {self._vocab_size - 1}.", field=field
+                )
+        if chosen == rejected:
+            raise errors.InvalidArgument("is the same as chosen: there is nothing to learn.", field="rejected")
+        room = self._max_length - max(len(chosen), len(rejected))
+        if room < 1:
+            field = "chosen" if len(chosen) >= len(rejected) else "rejected"
+            raise errors.InvalidArgument(
+                f"has {self._max_length - room} tokens and leaves no room for a prompt in {self._max_length}.",
+                field=field,
+                remedy="Raise --max-length.",
+            )
+        spans = (*event.chosen.spans, *event.rejected.spans)
+        return Sample(
+            id=event.comparison_id,
+            prompt=tuple(event.prompt_token_ids[-room:]),
+            chosen=chosen,
+            rejected=rejected,
+            weight=event.weight,
+            received_at=event.received_at.ToNanoseconds() / 1e9,
+            versions=tuple(sorted({span.version for span in spans})),
+        )
+
+    def _response(self, response: ComparedResponse) -> tuple[int, ...]:
+        # A scorer is asked about a text, so it learns from the text, not from how it was cut into tokens.
+        if response.token_ids and not self._scores_text:
+            return tuple(response.token_ids)
+        ids = self.tokenizer(response.text, add_special_tokens=False)["input_ids"]
+        return (*(int(token) for token in ids), int(self.tokenizer.eos_token_id))
+
+
+class Ingest:
+    """Reads comparisons into a buffer. Keeps its place itself; the broker is only told for its lag."""
+
+    def __init__(
+        self,
+        log: Log,
+        producer: Producer,
+        encoder: Encoder,
+        *,
+        task: str,
+        start: Mapping[TopicPartition, int],
+        topic_ids: Mapping[str, str],
+    ) -> None:
+        self._name = f"trainer-{task}"
+        self._task = task
+        self._producer = producer
+        self._encoder = encoder
+        self._consumer = log.consumer([topics.COMPARISONS], group=self._name, start=start, topic_ids=topic_ids)
+
+    def read(self, buffer: Buffer, timeout: float) -> Sequence[str]:
+        """Takes in what there is, waiting up to `timeout` seconds for something. Returns the ids of samples that were
+        learnt and are now retracted. Raises `errors.Unavailable` where a dead letter cannot be delivered.
+        """
+        retracted = []
+        for record in self._consumer.poll(timeout):
+            try:
+                event = deadletter.decode(ComparisonEvent, record)
+                if self._take(event, buffer):
+                    retracted.append(event.comparison_id)
+            except errors.InvalidArgument as error:
+                self._bury(record, str(error))
+        metrics.PENDING.labels(self._task).set(len(buffer))
+        return retracted
+
+    def positions(self) -> dict[TopicPartition, int]:
+        """The offsets up to which `read` has taken everything in."""
+        return self._consumer.positions()
+
+    def topic_ids(self) -> dict[str, str]:
+        """The topics that the positions belong to."""
+        return self._consumer.topic_ids()
+
+    def commit(self, positions: Mapping[TopicPartition, int]) -> None:
+        """Tells the broker how far this task is."""
+        self._consumer.commit(positions)
+
+    def close(self) -> None:
+        """Lets go of the broker."""
+        self._consumer.close()
+
+    def _take(self, event: ComparisonEvent, buffer: Buffer) -> bool:
+        """Buffers or retracts. True for a sample that was learnt and is now retracted."""
+        _require_id(event.comparison_id)
+        if event.state == ComparisonState.COMPARISON_STATE_RETRACTED:
+            metrics.RETRACTIONS.labels(self._task).inc()
+            return buffer.retract(event.comparison_id)
+        if event.state != ComparisonState.COMPARISON_STATE_ACCEPTED:
+            raise errors.InvalidArgument(f"is {event.state}, neither accepted nor retracted.", field="state")
+        if event.comparison_id in buffer:
+            metrics.DUPLICATES.labels(self._task).inc()
+        else:
+            buffer.add(self._encoder.encode(event), time.monotonic())
+        return False
+
+    def _bury(self, record: Record, reason: str) -> None:
+        asyncio.run(deadletter.bury(self._producer, record, reason=reason, consumer=self._name))
+
+
+def _require_id(comparison_id: str) -> None:
+    try:
+        canonical = str(uuid.UUID(comparison_id))
+    except ValueError:
+        canonical = ""
+    if not canonical or canonical != comparison_id:
+        raise errors.InvalidArgument(f"{comparison_id[:64]!r} is no UUID.", field="comparison_id")

@@ -1,0 +1,52 @@
+"""The loop: every comparison is learnt once, and what was learnt goes live.
+
+    ingest ─▶ batch ─▶ learn ─▶ checkpoint ─▶ publish ─▶ commit
+      ▲  waits for comparisons      │            │           only tells the broker, for lag
+      └─────────────────────────────┘            waits for the broker to have the announcement
+          from here on a crash repeats nothing
+
+Tasks take turns. A crash before the checkpoint repeats the round from the same offsets; a crash after it publishes what
+the checkpoint stands for. Both come out as if there had been none.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+
+from trainer import progress
+from trainer.task import Task
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+
+
+def run(tasks: Sequence[Task], stop: threading.Event, ready: Callable[[bool], None]) -> None:
+    """Runs until `stop`. `ready` hears of the moment from which comparisons are learnt, and of the end."""
+    from trainer.learner import Stopped
+
+    for task in tasks:
+        task.resume()
+    ready(not stop.is_set())
+    try:
+        while not stop.is_set():
+            for task in tasks:
+                task.ingest(POLL_SECONDS / len(tasks))
+                if task.due() and not stop.is_set():
+                    turn(task)
+    except Stopped:
+        logger.info("stopped within a round: it is learnt at the next start")
+    finally:
+        ready(False)
+
+
+def turn(task: Task) -> None:
+    """A round of one task. The order of the last three is what makes every sample count once."""
+    samples = task.batch()
+    with progress.line(task.name) as on_step:
+        measured = task.learn(samples, on_step)
+    task.checkpoint(samples, measured)  # 1
+    task.publish()  # 2
+    task.commit()  # 3

@@ -1,0 +1,111 @@
+"""What is asked of a model: log-probabilities of responses, or scores. Any decoder of Transformers will do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from thumbwheel import errors
+from trainer.batch import PairBatch
+
+LOGIT_ROWS = 256
+"""Response positions whose logits exist at a time: a vocabulary of 49,152 takes 48 MiB of fp32 for them."""
+
+_UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+
+
+def load_causal(path: Path) -> Any:
+    """The causal language model in `path`, in bf16, in training mode, without dropout. Raises
+    `errors.FailedPrecondition` for an architecture whose logits are more than a matrix product.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.bfloat16, attn_implementation="sdpa")
+    for name in _UNSUPPORTED:
+        if getattr(model.config, name, None) not in (None, 1, 1.0):
+            raise errors.FailedPrecondition(
+                f"{path}: {type(model).__name__} changes its logits by {name}, which is not supported.",
+                remedy="Choose a base model without it, such as one of the Llama or Qwen families.",
+            )
+    return _without_dropout(model.train())
+
+
+def load_scorer(path: Path) -> Any:
+    """The reward model in `path`, in bf16, in training mode, without dropout. Raises `errors.FailedPrecondition`."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        str(path), dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
+    if model.config.num_labels != 1 or not hasattr(model, "score"):
+        raise errors.FailedPrecondition(
+            f"{path}: {type(model).__name__} with {model.config.num_labels} labels is no reward model.",
+            remedy="It needs one label and a linear layer called `score`.",
+        )
+    return _without_dropout(model.train())
+
+
+def _without_dropout(model: Any) -> Any:
+    # The ratio to the reference would be noise; and samples are few, so there is nothing to regularise.
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    return model
+
+
+def hidden_states(model: Any, batch: PairBatch) -> Tensor:
+    """[B·L, H] outputs of the last layer."""
+    output = model.base_model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        attention_mask=batch.attention_mask,
+        use_cache=False,
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden.flatten(0, 1)
+
+
+def response_logprobs(model: Any, batch: PairBatch) -> Tensor:
+    """[2B] log-probabilities of the responses, in float32. Logits exist at response positions only, and not at once."""
+    head = model.get_output_embeddings()
+    hidden = hidden_states(model, batch)[batch.predictors]
+    parts = [
+        checkpoint(token_logprobs, head, rows, targets, use_reentrant=False)
+        for rows, targets in zip(torch.split(hidden, LOGIT_ROWS), torch.split(batch.targets, LOGIT_ROWS), strict=True)
+    ]
+    sums = torch.zeros(2 * batch.pairs, dtype=torch.float32, device=hidden.device)
+    return sums.index_add(0, batch.owners, torch.cat(parts))
+
+
+def token_logprobs(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """[N] log-probabilities, in float32, of the tokens `targets` [N] given the last layer's outputs `hidden` [N, H]."""
+    logits = head(hidden).float()
+    chosen: Tensor = logits.gather(1, targets[:, None]).squeeze(1)
+    normaliser: Tensor = logits.logsumexp(1)
+    return chosen - normaliser
+
+
+def scores(model: Any, batch: PairBatch) -> Tensor:
+    """[2B] scores at the last token of every sequence, in float32."""
+    output: Tensor = model.score(hidden_states(model, batch)[batch.last_tokens])
+    return output.squeeze(1).float()
+
+
+@torch.no_grad()
+def continuation_logprobs(model: Any, prompt: Iterable[int], continuation: Iterable[int]) -> list[float]:
+    """Log-probability of every token of `continuation` after `prompt`, computed as one plain sequence."""
+    prompt, continuation = list(prompt), list(continuation)
+    device = next(model.parameters()).device
+    ids = torch.tensor([prompt + continuation], device=device)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
+    logprobs: list[float] = token_logprobs(
+        model.get_output_embeddings(), hidden, torch.tensor(continuation, device=device)
+    ).tolist()
+    return logprobs

@@ -1,0 +1,195 @@
+"""Versions leave the trainer: into the store first, then announced on the `versions` topic."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+from uuid_utils import uuid7
+
+from thumbwheel import errors
+from thumbwheel.auth import ManifestSigner
+from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion, version_name
+from thumbwheel.stream import topics
+from thumbwheel.stream.log import Position, Producer
+from thumbwheel.v1.events_pb2 import VersionEvent
+from thumbwheel.v1.rollout_pb2 import CheckpointManifest, Lineage, ModelRole, Probe, VersionState
+from trainer import metrics
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = "samples.txt"
+"""The sorted ids of the samples that a version learnt from since its parent, one a line."""
+
+PROBE_PROMPT = "Question: What is the capital of France?\nAnswer:"
+PROBE_CONTINUATION = " The capital of France is Paris."
+
+_FIRST_RETRY_SECONDS = 1.0
+_LAST_RETRY_SECONDS = 30.0
+_ACK_SECONDS = 60.0
+_STOP_SECONDS = 0.2
+
+
+class Publisher:
+    """Puts versions into the store and announces them. `stop` ends every wait."""
+
+    def __init__(
+        self, store: LocalStore, signer: ManifestSigner, producer: Producer, stop: threading.Event, *, task: str
+    ) -> None:
+        self._store, self._signer, self._producer, self._stop, self._task = store, signer, producer, stop, task
+
+    def publish(self, manifest: CheckpointManifest, write: Callable[[Path], None]) -> VerifiedVersion:
+        """1. Into the store, unless it is there. 2. Read back and verified. Errors as `LocalStore.publish`."""
+        published = self._store.publish(manifest, write, self._signer)  # 1
+        version = self._store.load(published.version)  # 2
+        if (found := published.lineage.samples_sha256) != manifest.lineage.samples_sha256:
+            raise errors.Conflict(
+                f"{manifest.version} is in the store already, with other samples ({found[:12]}…).",
+                remedy="Two trainers write to one store, or an old training checkpoint was put back: move the newer "
+                "versions away, or the training checkpoint.",
+            )
+        return version
+
+    def announce(self, version: VerifiedVersion) -> bool:
+        """3. Says on the stream that the version is there, and waits until the broker has it. While the broker is away
+        it tries again, with a warning each time. False where the process was asked to stop meanwhile: that version is
+        announced again at the next start.
+        """
+        event = version_event(version)
+        headers = (("schema", event.DESCRIPTOR.full_name.encode()), ("event_id", event.event_id.encode()))
+        delay, began = _FIRST_RETRY_SECONDS, time.monotonic()
+        while not self._stop.is_set():
+            try:
+                future = self._producer.send(
+                    topics.VERSIONS, event.version.encode(), event.SerializeToString(), headers
+                )
+                if self._acknowledged(future):
+                    metrics.PUBLISHED.labels(self._task).set(event.sequence)
+                    logger.info("version announced", extra={"version": event.version})
+                    return True
+                continue
+            except (errors.Unavailable, errors.ResourceExhausted, errors.DeadlineExceeded) as error:
+                metrics.ANNOUNCE_RETRIES.labels(self._task).inc()
+                logger.warning(
+                    "version not announced yet: %s",
+                    error,
+                    extra={"version": event.version, "waited_seconds": round(time.monotonic() - began, 1)},
+                )
+            self._stop.wait(delay)
+            delay = min(delay * 2, _LAST_RETRY_SECONDS)
+        return False
+
+    def _acknowledged(self, future: Future[Position]) -> bool:
+        """Waits for the broker; False where the process is asked to stop. Raises what the future failed with, and
+        `errors.DeadlineExceeded`.
+        """
+        deadline = time.monotonic() + _ACK_SECONDS
+        while not self._stop.is_set():
+            if wait_for([future], timeout=_STOP_SECONDS).done:
+                future.result()
+                return True
+            if time.monotonic() > deadline:
+                raise errors.DeadlineExceeded(f"The broker did not acknowledge the record within {_ACK_SECONDS:g} s.")
+        return False
+
+
+def version_event(version: VerifiedVersion) -> VersionEvent:
+    """The announcement of a version."""
+    manifest = version.manifest
+    event = VersionEvent(
+        event_id=str(uuid7()),
+        version=manifest.version,
+        role=manifest.role,
+        # Until there is a gate between the trainer and the servers, what is published is what is to be served.
+        state=VersionState.VERSION_STATE_STABLE,
+        sequence=manifest.sequence,
+        manifest_sha256=version.manifest_sha256,
+    )
+    event.at.GetCurrentTime()
+    return event
+
+
+def code_version() -> str:
+    """The version of this code, for lineages."""
+    return package_version("thumbwheel")
+
+
+def probe_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Token ids of the fixed prompt and continuation whose log-probabilities every policy version records."""
+    prompt, continuation = (
+        [int(token) for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+        for text in (PROBE_PROMPT, PROBE_CONTINUATION)
+    )
+    return prompt, continuation
+
+
+def copy_tokenizer(source: VerifiedVersion, folder: Path) -> None:
+    """Copies what surrounds the weights of a version: its tokenizer, chat template and generation settings."""
+    for file in source.manifest.files:
+        target = folder / file.path
+        if file.path != SAMPLES and ".safetensors" not in file.path and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.path / file.path, target)
+
+
+def ensure_base(base_model: Path, store: LocalStore, signer: ManifestSigner) -> list[str]:
+    """Publishes version 0 of both roles from the model in `base_model`, where the store has none; returns those made.
+
+    The policy is the base model as it is. The reward model is its body with a scoring head of zeros, which has no
+    opinion. Raises `errors.MissingModel`, and what `LocalStore.publish` raises.
+    """
+    made = []
+    for role, write in ((ModelRole.MODEL_ROLE_POLICY, _write_policy), (ModelRole.MODEL_ROLE_REWARD, _write_scorer)):
+        version = version_name(role, 0)
+        if (store.root / version).exists():
+            continue
+        if not (base_model / "config.json").is_file():
+            raise errors.MissingModel(
+                f"There is no model in {base_model}.", remedy="Type `thumbwheel model fetch` and name what it prints."
+            )
+        manifest = CheckpointManifest(version=version, role=role, sequence=0, base_model=base_model.name)
+        manifest.lineage.CopyFrom(Lineage(code_version=code_version()))
+        if role == ModelRole.MODEL_ROLE_POLICY:
+            manifest.probes.append(_base_probe(base_model))
+        store.publish(manifest, lambda folder, write=write: write(base_model, folder), signer)  # type: ignore[misc]  # mypy cannot infer a lambda with a default
+        logger.info("base version published", extra={"version": version})
+        made.append(version)
+    return made
+
+
+def _base_probe(base_model: Path) -> Probe:
+    from transformers import AutoTokenizer
+
+    from trainer import models
+
+    prompt, continuation = probe_tokens(AutoTokenizer.from_pretrained(str(base_model)))
+    logprobs = models.continuation_logprobs(models.load_causal(base_model).eval(), prompt, continuation)
+    return Probe(prompt_token_ids=prompt, token_ids=continuation, logprobs=logprobs)
+
+
+def _write_policy(base_model: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(str(base_model), dtype="auto").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(base_model)).save_pretrained(folder)
+
+
+def _write_scorer(base_model: Path, folder: Path) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(base_model))
+    model = AutoModelForSequenceClassification.from_pretrained(str(base_model), num_labels=1, dtype="auto")
+    model.score.weight.data.zero_()
+    if model.config.pad_token_id is None:
+        pad = tokenizer.pad_token_id
+        model.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
