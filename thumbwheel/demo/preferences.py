@@ -65,15 +65,16 @@ _COURTEOUS = re.compile(
     r"|i understand|understandable|would you (?:like|mind)|may i|could you|wonderful|lovely|take care)\b",
     re.IGNORECASE,
 )
-_TOO_LONG = 100
-_BRIEFEST = 8
+_BRIEFEST, _LONGEST, _ENDLESS = 15, 30, 100
 _LONG_WORD = 8
 
 
 def _concise(text: str) -> float:
-    """Minus the words; an answer that breaks off is as good as endless, and so is one too short to say anything."""
+    """Minus the words beyond a sentence or two, and minus twice those missing from one; breaking off is endless."""
+    if not _FINISHED.search(text):
+        return -float(_ENDLESS)
     count = len(text.split())
-    return -float(count if count >= _BRIEFEST and _FINISHED.search(text) else _TOO_LONG)
+    return -float(max(0, count - _LONGEST) + 2 * max(0, _BRIEFEST - count))
 
 
 def _polite(text: str) -> float:
@@ -104,7 +105,9 @@ DEFAULT = "concise"
 PREFERENCES: dict[str, Preference] = {
     preference.name: preference
     for preference in (
-        Preference("concise", "I want the answer in a few words: the shorter, the better.", _concise, 6, -45),
+        Preference(
+            "concise", "Keep it to a sentence or two: short, but not curt, and do not break off.", _concise, 5, -15
+        ),
         Preference("polite", "I like to be treated with courtesy: kind words, an offer to help.", _polite, 1, 1),
         Preference("structured", "I skim: give me steps, bullets and short lines, not one block.", _structured, 1, 3),
         Preference("personal", "Talk to me: say what *you* can do, not what one does.", _personal, 2, 7),
