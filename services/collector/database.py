@@ -69,7 +69,7 @@ class Database:
         except (DBAPIError, OSError) as error:
             self._engine.dispose()
             raise self._translate(error) from error
-        self._writer = threading.Thread(target=self._write_forever, name="database-writer")
+        self._writer = threading.Thread(target=self._write_forever, name="database-writer", daemon=True)
         self._writer.start()
 
     async def write(self, work: Work[T]) -> T:

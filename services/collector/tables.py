@@ -21,6 +21,7 @@ from sqlalchemy import (
     String,
     Table,
     UniqueConstraint,
+    literal_column,
 )
 
 metadata = MetaData(
@@ -62,7 +63,8 @@ feedback = Table(
     Column("received_at", BigInteger, nullable=False),
     UniqueConstraint("tenant", "idempotency_key"),
 )
-held = feedback.c.state == "HELD"
+# Spelt out, not a parameter: SQLite uses a partial index only for a condition that it can see to be the index's own.
+held = feedback.c.state == literal_column("'HELD'")
 Index("ix_feedback_held", feedback.c.feedback_id, sqlite_where=held, postgresql_where=held)
 
 # No foreign key to generations: feedback may arrive before the generation does.

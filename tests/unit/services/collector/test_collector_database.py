@@ -7,12 +7,13 @@ import sqlite3
 import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, func, select
-from sqlalchemy.dialects import postgresql
+from sqlalchemy import Connection, Select, func, select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.schema import CreateTable
 
@@ -191,6 +192,20 @@ def test_migrations_build_the_tables(database: Database) -> None:
         return compare_metadata(context, tables.metadata)
 
     assert database.read_now(differences) == []
+
+
+@pytest.mark.parametrize(
+    ("query", "index"),
+    [
+        (select(func.count()).select_from(tables.feedback).where(tables.held), "ix_feedback_held"),
+        (select(tables.outbox.c.id).where(tables.unpublished).order_by(tables.outbox.c.id), "ix_outbox_unpublished"),
+    ],
+    ids=["held", "unpublished"],
+)
+def test_what_waits_is_found_without_reading_what_does_not(database: Database, query: Select[Any], index: str) -> None:
+    sql = str(query.compile(dialect=sqlite.dialect()))
+    plan = database.read_now(lambda c: c.exec_driver_sql(f"explain query plan {sql}").all())
+    assert any(index in row.detail for row in plan), plan
 
 
 def test_the_tables_are_postgresql_too() -> None:
