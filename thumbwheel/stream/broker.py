@@ -31,6 +31,7 @@ _START_SECONDS = 15.0
 _STOP_SECONDS = 1.0  # it waits for its clients to go, and has nothing to save
 _LOG_TAIL_BYTES = 2000
 _CONNECT_SECONDS = 0.02
+_ANSWER_SECONDS = 0.5
 _MEASURE_SECONDS = 1.0
 
 # Asks the kernel to send SIGTERM to the broker when whoever started it is gone, then becomes the broker. In a process
@@ -141,32 +142,32 @@ class EmbeddedBroker:
         self.stop()
 
     def _await_answer(self, deadline: float, timeout: float) -> None:
-        assert self._child is not None
-        while True:
-            status = self.wait(_CONNECT_SECONDS)
-            if status is not None:
-                raise errors.FailedPrecondition(
-                    f"The broker ended with status {status} while starting: {_tail(self.log)}",
-                    remedy=f"Its log is {self.log}.",
-                )
-            try:
-                socket.create_connection((self.host, self.port), _CONNECT_SECONDS).close()
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise errors.DeadlineExceeded(
-                        f"The broker does not listen on {self.bootstrap_servers} after {timeout:g} s.",
-                        remedy=f"Its log is {self.log}.",
-                    ) from None
         from thumbwheel.stream.kafka import KafkaLog
 
-        log = KafkaLog(self.bootstrap_servers)
+        log: KafkaLog | None = None
         try:
-            log.topic_ids([], max(deadline - time.monotonic(), 1.0))
-        except errors.Unavailable as error:
-            raise errors.DeadlineExceeded(str(error), remedy=f"The broker's log is {self.log}.") from error
+            while True:
+                status = self.wait(_CONNECT_SECONDS)
+                if status is not None:
+                    raise errors.FailedPrecondition(
+                        f"The broker ended with status {status} while starting: {_tail(self.log)}",
+                        remedy=f"Its log is {self.log}.",
+                    )
+                try:
+                    if log is not None:
+                        log.topic_ids([], _ANSWER_SECONDS)
+                        return
+                    socket.create_connection((self.host, self.port), _CONNECT_SECONDS).close()
+                    log = KafkaLog(self.bootstrap_servers)
+                except (OSError, errors.Unavailable) as error:
+                    if time.monotonic() > deadline:
+                        raise errors.DeadlineExceeded(
+                            f"The broker does not answer at {self.bootstrap_servers} after {timeout:g} s: {error}.",
+                            remedy=f"Its log is {self.log}.",
+                        ) from error
         finally:
-            log.close()
+            if log is not None:
+                log.close()
 
 
 def _binary() -> str:

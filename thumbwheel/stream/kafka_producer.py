@@ -25,7 +25,7 @@ from prometheus_client import Counter
 from thumbwheel import errors
 from thumbwheel.stream.kafka_client import MAX_MESSAGE_BYTES, client, kafka
 from thumbwheel.stream.kafka_client import errors as kafka_errors
-from thumbwheel.stream.kafka_watch import Watch
+from thumbwheel.stream.kafka_watch import TopicState, Watch
 from thumbwheel.stream.log import Headers, Position
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class KafkaLogProducer:
         self._last_error = "no answer"
         self._closed = self._stopped = False
         self._client: Any = None
-        self._topic_ids: dict[str, str] = {}
+        self._known: dict[str, TopicState] = {}  # the topics as they were when the client first met them
         self._thread = threading.Thread(target=self._run, name="stream-producer", daemon=True)
         self._thread.start()
 
@@ -185,15 +185,15 @@ class KafkaLogProducer:
             return False
         self._watch.follow(waiting)
         there = self._watch.topics()
-        if any(name in there and there[name].id != id for name, id in self._topic_ids.items()):
-            self._failure = "a topic was lost and made anew"
+        if any(there.get(name, state) != state for name, state in self._known.items()):
+            self._failure = "a topic was made anew, or has other partitions"  # which the client may not know for long
             return True
         ready = [topic for topic in waiting if topic in there]
         if not ready or not self._connect():
             self._last_error = f"no broker, or no topic {', '.join(waiting)}" if not ready else self._last_error
             return False
         for topic in ready:
-            self._topic_ids.setdefault(topic, there[topic].id)
+            self._known.setdefault(topic, there[topic])
             for _ in range(_HAND_OVER):
                 with self._changed:
                     if self._failure or not self._queues[topic]:
@@ -296,7 +296,7 @@ class KafkaLogProducer:
         return True
 
     def _drop_client(self) -> None:
-        dropped, self._client, self._topic_ids = self._client, None, {}
+        dropped, self._client, self._known = self._client, None, {}
         if dropped is None:
             return
         try:

@@ -89,7 +89,9 @@ class Consumer(Protocol):
         ...
 
     def commit(self, positions: Mapping[TopicPartition, int]) -> None:
-        """Tells the broker how far the group is, for lag monitoring only: nothing ever starts from it."""
+        """Tells the broker how far the group is, for lag monitoring only: nothing ever starts from it, so a failure is
+        logged and counted, and not raised. May return before the broker knows.
+        """
         ...
 
     def close(self) -> None:

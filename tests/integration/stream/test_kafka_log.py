@@ -14,7 +14,7 @@ from thumbwheel import errors
 from thumbwheel.stream import open_log
 from thumbwheel.stream.broker import EmbeddedBroker
 from thumbwheel.stream.kafka import KafkaLog
-from thumbwheel.stream.kafka_client import kafka
+from thumbwheel.stream.kafka_client import client, kafka
 from thumbwheel.stream.log import Topic, TopicPartition
 
 SECONDS = 15.0
@@ -186,13 +186,30 @@ def test_nothing_is_left_running_though_the_broker_is_away(broker: EmbeddedBroke
     assert left == set()
 
 
-def test_new_partitions_are_read_too(broker: EmbeddedBroker, log: KafkaLog) -> None:
-    """A log made anew by somebody with other partitions: all of them are read."""
-    consumer = log.consumer(["other"], group="g")
-    assert consumer.positions() == {}
-    log.ensure_topics([Topic("other", 3)], SECONDS)
+def test_a_topic_made_anew_with_other_partitions_is_read_whole(broker: EmbeddedBroker, log: KafkaLog) -> None:
+    def make(partitions: int) -> None:
+        other = KafkaLog(broker.bootstrap_servers)
+        other.ensure_topics([Topic("other", partitions)], SECONDS)
+        other.close()
+
+    make(1)
+    consumer, producer = log.consumer(["other"], group="g"), log.producer()
+    producer.send("other", b"k", b"old").result(SECONDS)
+    assert [r.value for r in consumer.poll(SECONDS)] == [b"old"]
+    assert consumer.positions() == {TopicPartition("other", 0): 1}
+    admin = client(kafka.KafkaAdminClient, bootstrap_servers=broker.bootstrap_servers)
+    admin.delete_topics(["other"])
+    admin.close()
+    make(3)
     deadline = time.monotonic() + SECONDS
     while len(consumer.positions()) < 3:
         assert time.monotonic() < deadline
-    assert consumer.positions() == {TopicPartition("other", n): 0 for n in range(3)}
+        consumer.poll(0.1)
+    sent = {producer.send("other", b"%d" % n, b"%d" % n).result(SECONDS).partition: n for n in range(20)}
+    assert set(sent) == {0, 1, 2}
+    got: list[bytes] = []
+    while len(got) < 20 and time.monotonic() < deadline:
+        got += [r.value for r in consumer.poll(0.5)]
+    assert sorted(got, key=int) == [b"%d" % n for n in range(20)]
     consumer.close()
+    producer.close(SECONDS)

@@ -378,6 +378,8 @@ def test_a_lost_log_is_noticed_by_both_ends_and_both_go_on(rig: Rig) -> None:
     producer.close(SECONDS)
 
 
+# The Kafka client's threads draw random numbers meanwhile, which looks to hypothesis as if the strategy did.
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module")
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sent=st.lists(
