@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
 from thumbwheel.config import Address, Settings
@@ -35,7 +35,7 @@ class TrainerSettings(Settings):
     """A round starts as soon as so many comparisons wait; it learns from so many, the oldest first."""
 
     min_round_size: int = Field(default=8, ge=1)
-    """Fewer comparisons than this start no round, however long they wait."""
+    """Fewer comparisons than this start no round, however long they wait (unless `round_size` is smaller)."""
 
     max_wait_seconds: float = Field(default=60.0, ge=0)
     """With at least `min_round_size`, a round starts once the oldest has waited so long."""
@@ -118,10 +118,9 @@ class TrainerSettings(Settings):
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
-            raise ValueError("tasks names each of policy and reward once at the most, and at least one")
-        if self.min_round_size > self.round_size:
-            raise ValueError(f"min_round_size is {self.min_round_size}, more than round_size, {self.round_size}")
-        return self
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, value: tuple[TaskName, ...]) -> tuple[TaskName, ...]:
+        if not value or len(set(value)) != len(value):
+            raise ValueError("name each of policy and reward at most once, and at least one of them")
+        return value

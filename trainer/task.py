@@ -287,7 +287,7 @@ class Task:
             lineage=Lineage(
                 objective=self._objective.name,
                 settings=self._objective.settings() | _lineage_settings(settings, self.name),
-                offsets=_ranges(self._state.positions, state.positions),
+                offsets=_ranges(self._state, state),
                 sample_count=samples,
                 samples_sha256=files.sha256_bytes(ids.encode()),
                 reference_version=self._base.manifest.version if self._objective.needs_reference else "",
@@ -337,10 +337,13 @@ def _lineage_settings(settings: TrainerSettings, task: TaskName) -> dict[str, st
     }
 
 
-def _ranges(before: dict[TopicPartition, int], after: dict[TopicPartition, int]) -> list[OffsetRange]:
-    """What was consumed between two positions. A log that was lost in between is consumed from its beginning."""
+def _ranges(before: State, after: State) -> list[OffsetRange]:
+    """What was consumed between two states. A topic that was lost in between was consumed from its beginning."""
     ranges = []
-    for tp, end in sorted(after.items()):
-        start = before.get(tp, 0)
-        ranges.append(OffsetRange(topic=tp.topic, partition=tp.partition, start=start if start <= end else 0, end=end))
+    for tp, end in sorted(after.positions.items()):
+        start = before.positions.get(tp, 0)
+        same = before.topic_ids.get(tp.topic) == after.topic_ids.get(tp.topic)
+        ranges.append(
+            OffsetRange(topic=tp.topic, partition=tp.partition, start=start if same and start <= end else 0, end=end)
+        )
     return ranges

@@ -1,0 +1,231 @@
+"""What a task is after whatever happened to it: restarts, lost and damaged checkpoints, a broker that is away."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.support import Deployment
+from tests.unit.trainer.test_ingest import comparison
+from thumbwheel import errors
+from thumbwheel.auth import ManifestSigner
+from thumbwheel.stream import topics
+from thumbwheel.stream.memory import MemoryLog
+from thumbwheel.v1.events_pb2 import ComparisonState, VersionEvent
+from thumbwheel.v1.rollout_pb2 import ModelRole, VersionState
+from trainer import loop, publish
+from trainer.config import TaskName, TrainerSettings
+from trainer.task import Shared, Task
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+POLICY = ModelRole.MODEL_ROLE_POLICY
+
+
+@pytest.fixture
+def shared(policy_path: Path, tmp_path: Path) -> Iterator[Shared]:
+    """A deployment with version 0 of both roles and a stream with 12 comparisons."""
+    deployment = Deployment(tmp_path)
+    signer = ManifestSigner.load(tmp_path / "keys")
+    publish.ensure_base(policy_path, deployment.store, signer)
+    log = MemoryLog(delivery_timeout=0.1)
+    log.ensure_topics(topics.topics(partitions=1, replication=1), 1.0)
+    settings = TrainerSettings(home=tmp_path, round_size=4, policy_learning_rate=1e-3, reward_learning_rate=1e-3)
+    shared = Shared(settings, log, log.producer(), deployment.store, signer, threading.Event())
+    for number in range(12):
+        send(shared, number)
+    yield shared
+    log.close()
+
+
+def send(shared: Shared, number: int, state: ComparisonState.ValueType | None = None) -> None:
+    event = comparison(number)
+    event.prompt_token_ids[0] += number
+    event.state = state or event.state
+    shared.producer.send(topics.COMPARISONS, b"key", event.SerializeToString()).result(1.0)
+
+
+def rounds(shared: Shared, count: int, *, name: TaskName = "policy", resident: bool = True) -> None:
+    """A process that learns `count` rounds and ends."""
+    task = Task(name, shared, resident=resident)
+    task.resume()
+    for _ in range(count):
+        task.ingest(1.0)
+        assert task.due()
+        loop.turn(task)
+    task.close()
+
+
+def samples(shared: Shared, version: str) -> list[int]:
+    text = (shared.store.load(version).path / "samples.txt").read_text()
+    return [int(sample_id[-12:]) for sample_id in text.split()]
+
+
+def announced(shared: Shared) -> list[str]:
+    records = shared.log.consumer([topics.VERSIONS], group="test").poll(0.0)
+    return [VersionEvent.FromString(record.value).version for record in records]
+
+
+def test_version_0_is_the_base_model_and_a_scorer_without_opinion(shared: Shared, policy_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    policy, reward = shared.store.load("policy-000000"), shared.store.load("reward-000000")
+    base = load_file(policy_path / "model.safetensors")
+    found = load_file(policy.path / "model.safetensors")
+    assert base.keys() == found.keys()
+    assert all(torch.equal(base[name], found[name]) for name in base)
+    scorer = AutoModelForSequenceClassification.from_pretrained(reward.path)
+    assert scorer.config.architectures == ["LlamaForSequenceClassification"]
+    assert scorer.config.num_labels == 1
+    with torch.no_grad():
+        assert scorer(torch.tensor([[1, 5, 9, 2]])).logits.tolist() == [[0.0]]
+    assert len(policy.manifest.probes[0].logprobs) == len(policy.manifest.probes[0].token_ids) > 0
+    assert publish.ensure_base(policy_path, shared.store, shared.signer) == []
+
+
+def test_no_base_model_is_an_error_that_says_what_to_type(tmp_path: Path) -> None:
+    deployment = Deployment(tmp_path)
+    with pytest.raises(errors.MissingModel, match=r"no model in .*nowhere. Type `thumbwheel model fetch`"):
+        publish.ensure_base(tmp_path / "nowhere", deployment.store, ManifestSigner.load(tmp_path / "keys"))
+
+
+@pytest.mark.parametrize("name", ["policy", "reward"])
+def test_taking_turns_and_restarting_change_no_bit(name: TaskName, shared: Shared, tmp_path: Path) -> None:
+    """Three rounds in one process, against a process a round whose learner is freed between rounds."""
+    import torch
+
+    rounds(shared, 3, name=name)
+    straight = load_file(shared.store.load(f"{name}-000003").path / "model.safetensors")
+
+    other = Deployment(tmp_path / "other")
+    publish.ensure_base(shared.store.load("policy-000000").path, other.store, ManifestSigner.load(other.home / "keys"))
+    again = dataclasses.replace(
+        shared,
+        settings=shared.settings.model_copy(update={"home": other.home}),
+        store=other.store,
+        signer=ManifestSigner.load(other.home / "keys"),
+    )
+    for _ in range(3):
+        rounds(again, 1, name=name, resident=False)
+    restarted = load_file(other.store.load(f"{name}-000003").path / "model.safetensors")
+    assert straight.keys() == restarted.keys()
+    assert all(torch.equal(straight[key], restarted[key]) for key in straight)
+    for number in (1, 2, 3):
+        expected = list(range(4 * number - 4, 4 * number))
+        assert samples(shared, f"{name}-00000{number}") == samples(again, f"{name}-00000{number}") == expected
+
+
+def test_a_damaged_checkpoint_falls_back_and_names_are_used_once(
+    shared: Shared, caplog: pytest.LogCaptureFixture
+) -> None:
+    rounds(shared, 2)
+    newest = shared.settings.training_path / "policy" / "checkpoint-000002" / "state.json"
+    newest.write_text(newest.read_text()[:20])
+    with caplog.at_level(logging.ERROR):
+        rounds(shared, 2)
+    assert "state.json has 20 bytes instead of" in caplog.text
+    # Version 2 stays as it was; what was learnt in it is learnt again beside it, from version 1.
+    parents = {m.version: m.parent for m in shared.store.versions(POLICY)}
+    assert parents["policy-000003"] == "policy-000001"
+    assert parents["policy-000004"] == "policy-000003"
+    assert samples(shared, "policy-000002") == samples(shared, "policy-000003") == [4, 5, 6, 7]
+    assert samples(shared, "policy-000004") == [8, 9, 10, 11]
+
+
+def test_without_its_checkpoints_a_task_goes_on_from_the_newest_version(shared: Shared) -> None:
+    rounds(shared, 2)
+    (shared.settings.training_path / "policy").rename(shared.settings.home / "moved away")
+    rounds(shared, 1)
+    third = shared.store.load("policy-000003").manifest
+    assert third.parent == "policy-000002"
+    assert third.lineage.steps == 3
+    assert samples(shared, "policy-000003") == [8, 9, 10, 11]
+    assert announced(shared) == [f"policy-00000{n}" for n in (0, 1, 2, 2, 3)]
+
+
+def test_a_version_of_other_samples_under_the_same_name_is_refused(shared: Shared) -> None:
+    rounds(shared, 1)
+    first = shared.settings.training_path
+    first.rename(shared.settings.home / "kept")
+    (shared.settings.store_path / "policy-000001").rename(shared.settings.home / "policy-000001")
+    for number in range(4):
+        send(shared, number, ComparisonState.COMPARISON_STATE_RETRACTED)
+    rounds(shared, 1)
+    assert samples(shared, "policy-000001") == [4, 5, 6, 7]
+    first.rename(shared.settings.home / "other")
+    (shared.settings.home / "kept").rename(first)
+    with pytest.raises(errors.Conflict, match=r"policy-000001 is in the store already, with other samples"):
+        rounds(shared, 1)
+
+
+def test_what_was_learnt_and_then_retracted_is_in_the_next_lineage(shared: Shared) -> None:
+    rounds(shared, 1)
+    send(shared, 2, ComparisonState.COMPARISON_STATE_RETRACTED)
+    send(shared, 5, ComparisonState.COMPARISON_STATE_RETRACTED)
+    rounds(shared, 1)
+    lineage = shared.store.load("policy-000002").manifest.lineage
+    assert [int(sample_id[-12:]) for sample_id in lineage.retracted_sample_ids] == [2]
+    assert samples(shared, "policy-000002") == [4, 6, 7, 8]
+    assert (lineage.offsets[0].start, lineage.offsets[0].end) == (12, 14)
+
+
+def test_the_manifest_says_what_was_measured_and_how(shared: Shared) -> None:
+    rounds(shared, 1)
+    rounds(shared, 1, name="reward")
+    policy, reward = (shared.store.load(f"{name}-000001").manifest for name in ("policy", "reward"))
+    assert policy.base_model == reward.base_model != ""
+    assert policy.lineage.settings["beta"] == "0.1"
+    assert policy.lineage.settings["learning_rate"] == "0.001"
+    assert {"loss", "margin", "accuracy", "grad_norm"} <= set(policy.metrics) & set(reward.metrics)
+    assert len(policy.probes) == 1
+    assert len(reward.probes) == 0
+    assert (policy.lineage.objective, reward.lineage.objective) == ("dpo", "reward")
+
+
+def test_while_the_broker_is_away_it_says_so_and_tries_again(
+    shared: Shared, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "_FIRST_RETRY_SECONDS", 0.01)
+    assert isinstance(shared.log, MemoryLog)
+    publisher = publish.Publisher(shared.store, shared.signer, shared.producer, shared.stop, task="policy")
+    version = shared.store.load("policy-000000")
+    shared.log.stop()
+    said = threading.Event()
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "not announced yet" in record.getMessage():
+                said.set()
+
+    listener = Listener()
+    logging.getLogger("trainer.publish").addHandler(listener)
+    result: list[bool] = []
+    announcing = threading.Thread(target=lambda: result.append(publisher.announce(version)))
+    announcing.start()
+    assert said.wait(10.0)
+    shared.log.start()
+    announcing.join(10.0)
+    logging.getLogger("trainer.publish").removeHandler(listener)
+    assert result == [True]
+    # At least once: what the broker took before it went away may come a second time.
+    assert set(announced(shared)) == {"policy-000000"}
+
+    shared.log.stop()
+    shared.stop.set()
+    assert publisher.announce(version) is False
+
+
+def test_an_announcement_names_the_manifest_and_is_to_be_served(shared: Shared) -> None:
+    version = shared.store.load("policy-000000")
+    event = publish.version_event(version)
+    assert (event.version, event.role, event.sequence) == ("policy-000000", POLICY, 0)
+    assert event.state == VersionState.VERSION_STATE_STABLE
+    assert event.manifest_sha256 == version.manifest_sha256
+    assert event.HasField("at")
