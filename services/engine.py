@@ -82,6 +82,7 @@ class Engine:
             gpu_memory_utilization=settings.gpu_memory_utilization,
             tensor_parallel_size=settings.tensor_parallel_size,
             enable_prefix_caching=True,
+            worker_extension_cls="services.worker.SwapWorker",
             disable_log_stats=False,
             **kwargs,
         )
@@ -91,6 +92,7 @@ class Engine:
             raise errors.FailedPrecondition(
                 f"vLLM cannot serve {version.path}: {error}.", remedy="The lines above say why."
             ) from error
+        await llm.collective_rpc("keep_seeds")
         await llm.update_weight_version(version.manifest.version)
         logger.info("engine started", extra={"version": version.manifest.version})
         return cls(llm, version, settings.swap_timeout_seconds)
@@ -156,7 +158,7 @@ class Engine:
                 await self.llm.pause_generation(mode="keep", clear_cache=True)
         with SWAP_SECONDS.labels("reload").time():
             async with asyncio.timeout(self._swap_timeout):
-                await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(version.path)})
+                await self.llm.collective_rpc("swap_weights", kwargs={"weights_path": str(version.path)})
                 await self.llm.update_weight_version(version.manifest.version)
 
     def _record(self, version: str, outcome: SwapOutcome.ValueType, *, pause: float = 0.0, error: str = "") -> Swap:

@@ -154,12 +154,14 @@ async def serve(
     services: Sequence[str],
     register: Register,
     background: Mapping[str, Background],
+    drained: Background | None = None,
     drain_seconds: float = 30.0,
 ) -> None:
     """Serves until SIGTERM or SIGINT; then refuses new calls, lets those in flight end, and returns.
 
     `services` are full gRPC names, for health and reflection. Raises `errors.PortInUse`, or whatever stopped a
-    background task. Calls still running `drain_seconds` after the signal are cancelled.
+    background task. Calls still running `drain_seconds` after the signal are cancelled; `drained` is awaited when the last
+    has ended and background tasks still run.
     """
     host, _ = split_address(listen)
     with telemetry.metrics_server(metrics_port, process=process, host=host) as bound_metrics_port:
@@ -184,6 +186,8 @@ async def serve(
             finally:
                 await health_servicer.enter_graceful_shutdown()
                 await server.stop(drain_seconds)
+                if drained is not None and stopping.done():
+                    await drained()
                 for task in (*tasks, stopping):
                     task.cancel()
                 await asyncio.gather(*tasks, stopping, return_exceptions=True)

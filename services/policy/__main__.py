@@ -39,9 +39,9 @@ async def main(settings: PolicySettings) -> None:
             services=["thumbwheel.v1.PolicyService"],
             register=lambda server: add_PolicyServiceServicer_to_server(service, server),
             background={"recorder": recorder.run, "follower": follower.run, "engine": engine.watch},
+            drained=lambda: recorder.flush(timeout=10.0),
             drain_seconds=settings.drain_seconds,
         )
-        await recorder.flush(timeout=10.0)
     finally:
         await engine.close()
         log.close()

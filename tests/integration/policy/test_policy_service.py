@@ -42,8 +42,8 @@ class World:
     def another(self, processes: list[Process], name: str, deployment: Deployment | None = None) -> Process:
         """A policy process not yet started, for the same broker."""
         home = (deployment or self.deployment).home
-        arguments = ["--home", str(home), "--bootstrap-servers", self.bootstrap_servers, "--max-model-len", "512"]
-        process = Process("services.policy", [*arguments, "--max-tokens", "400"], home / f"{name}.log")
+        arguments = ["--home", str(home), "--bootstrap-servers", self.bootstrap_servers, "--max-model-len", "2048"]
+        process = Process("services.policy", [*arguments, "--max-tokens", "1900"], home / f"{name}.log")
         processes.append(process)
         return process
 
@@ -97,7 +97,7 @@ async def test_logprobs_are_those_of_transformers(world: World, client: AsyncCli
     with torch.no_grad():
         logits = model(ids).logits[0, 29:-1]
     expected = torch.log_softmax(logits, -1).gather(1, ids[0, 30:, None])[:, 0]
-    assert torch.allclose(torch.tensor(list(answer.logprobs)), expected, atol=0.1)  # the engine computes in bf16
+    assert torch.allclose(torch.tensor(list(answer.logprobs)), expected, atol=0.3)  # the engine computes in bf16
 
 
 async def test_pieces_of_a_stream_add_up(client: AsyncClient) -> None:
@@ -164,13 +164,13 @@ USER, SYSTEM, ASSISTANT = pb.ROLE_USER, pb.ROLE_SYSTEM, pb.ROLE_ASSISTANT
         (_chat((USER, "a"), (ASSISTANT, "b")), {}, "prompt.chat.messages[1].role"),
         (pb.Prompt(tokens=pb.TokenIds(ids=[5, 99999])), {}, "prompt.tokens.ids"),
         (pb.Prompt(tokens=pb.TokenIds()), {}, "prompt.tokens.ids"),
-        (pb.Prompt(text="long " * 500), {}, "prompt"),
+        (pb.Prompt(text="long " * 2000), {}, "prompt"),
         (pb.Prompt(text="hi"), {"temperature": 2.5}, "sampling.temperature"),
         (pb.Prompt(text="hi"), {"temperature": float("nan")}, "sampling.temperature"),
         (pb.Prompt(text="hi"), {"top_p": 0.0}, "sampling.top_p"),
         (pb.Prompt(text="hi"), {"min_p": 1.5}, "sampling.min_p"),
         (pb.Prompt(text="hi"), {"max_tokens": 0}, "sampling.max_tokens"),
-        (pb.Prompt(text="hi"), {"max_tokens": 401}, "sampling.max_tokens"),
+        (pb.Prompt(text="hi"), {"max_tokens": 1901}, "sampling.max_tokens"),
         (pb.Prompt(text="hi"), {"max_tokens": 4, "min_tokens": 5}, "sampling.min_tokens"),
         (pb.Prompt(text="hi"), {"repetition_penalty": 0.0}, "sampling.repetition_penalty"),
         (pb.Prompt(text="hi"), {"presence_penalty": -3.0}, "sampling.presence_penalty"),
@@ -195,7 +195,7 @@ async def test_candidates_are_two_to_sixteen(client: AsyncClient) -> None:
 
 
 async def test_a_cancelled_stream_frees_its_place(client: AsyncClient) -> None:
-    stream = client.stream("Go on for ever", sampling=pb.SamplingParams(max_tokens=400, ignore_eos=True))
+    stream = client.stream("Go on for ever", sampling=pb.SamplingParams(max_tokens=1900, ignore_eos=True))
     await anext(stream)
     assert (await client.policy()).requests_in_flight == 1
     await stream.aclose()  # type: ignore[attr-defined]  # it is a generator
@@ -209,7 +209,7 @@ async def test_a_cancelled_stream_frees_its_place(client: AsyncClient) -> None:
 async def test_a_deadline_is_kept(world: World) -> None:
     async with AsyncClient(policy=world.process.address, timeout=0.05) as hasty:
         with pytest.raises(errors.DeadlineExceeded):
-            await hasty.generate("Too much", sampling=pb.SamplingParams(max_tokens=400, ignore_eos=True))
+            await hasty.generate("Too much", sampling=pb.SamplingParams(max_tokens=1900, ignore_eos=True))
 
 
 async def test_metrics_are_served(world: World, client: AsyncClient) -> None:
@@ -238,10 +238,11 @@ async def test_a_swap_is_true(world: World, client: AsyncClient, processes: list
     weights had read it from the start."""
     before = await _greedy(client)
     prompt_ids = list(range(20, 60))
-    long = pb.SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
+    long = pb.SamplingParams(temperature=0.0, max_tokens=1900, ignore_eos=True)
+    new = world.deployment.publish(POLICY, 1, seed=1)
     stream = client.stream(pb.Prompt(tokens=pb.TokenIds(ids=prompt_ids)), sampling=long)
     await anext(stream)
-    world.go_live(world.deployment.publish(POLICY, 1, seed=1))
+    world.go_live(new)
     finished = [piece async for piece in stream][-1]
     await _live(client, "policy-000001")
     after = await _greedy(client)
@@ -254,12 +255,30 @@ async def test_a_swap_is_true(world: World, client: AsyncClient, processes: list
         assert isinstance(finished, pb.Generation)
         assert [span.version for span in finished.spans] == ["policy-000000", "policy-000001"]
         cut = finished.spans[0].end
-        assert 0 < cut < 400
+        assert 0 < cut < 1900
         prefix = pb.Prompt(tokens=pb.TokenIds(ids=[*prompt_ids, *finished.token_ids[:cut]]))
-        rest = pb.SamplingParams(temperature=0.0, max_tokens=400 - cut, ignore_eos=True)
+        rest = pb.SamplingParams(temperature=0.0, max_tokens=1900 - cut, ignore_eos=True)
         continued = await cold_client.generate(prefix, sampling=rest)
         assert list(continued.token_ids) == list(finished.token_ids[cut:])
     assert cold.stop() == 0
+
+
+async def test_a_seeded_response_survives_a_swap_in_mid_prompt(world: World, client: AsyncClient) -> None:
+    """Many long prompts at once are computed in pieces; each has a generator of its own."""
+    sequence = int((await client.policy()).version[-6:])
+    new = world.deployment.publish(POLICY, sequence + 1, seed=55)
+    text = pb.Prompt(text="so it goes " * 120)
+
+    async def one(seed: int) -> pb.Generation:
+        return await client.generate(text, sampling=pb.SamplingParams(seed=seed, max_tokens=100, ignore_eos=True))
+
+    async with asyncio.TaskGroup() as group:
+        first = [group.create_task(one(seed)) for seed in range(32)]
+        world.go_live(new)
+    await _live(client, new.version)
+    assert all(len(task.result().token_ids) == 100 for task in first)
+    again = [await asyncio.gather(*(one(seed) for seed in range(4))) for _ in range(2)]
+    assert len({generation.text for generation in again[0]}) == 4
 
 
 async def test_swaps_under_load_fail_nothing(world: World, client: AsyncClient) -> None:
@@ -364,18 +383,18 @@ def test_a_taken_port_is_said_plainly(world: World, processes: list[Process]) ->
         taken.listen()
         process = world.another(processes, "taken")
         process.port = taken.getsockname()[1]
-        assert process.start().popen.wait(90) == 1
+        assert process.start().popen.wait(150) == 1
     assert any(f"cannot listen on {process.address}" in message for message in process.errors())
 
 
 async def test_sigterm_lets_calls_in_flight_end(world: World, client: AsyncClient) -> None:
     """Last in this file: it ends the service."""
-    stream = client.stream("Let me finish", sampling=pb.SamplingParams(max_tokens=400, ignore_eos=True))
+    stream = client.stream("Let me finish", sampling=pb.SamplingParams(max_tokens=1900, ignore_eos=True))
     await anext(stream)
     world.process.popen.terminate()
     last = [piece async for piece in stream][-1]
     assert isinstance(last, pb.Generation)
-    assert len(last.token_ids) == 400
+    assert len(last.token_ids) == 1900
     deadline = time.monotonic() + 30
     assert await asyncio.to_thread(world.process.popen.wait, 30) == 0
     assert time.monotonic() < deadline

@@ -54,7 +54,7 @@ async def test_the_order_of_a_swap(versions: tuple[VerifiedVersion, VerifiedVers
     swap = await engine.swap(versions[1])
     assert llm.calls == [
         "pause keep clear=True",
-        "reload_weights policy-000001",
+        "swap_weights policy-000001",
         "label policy-000001",
         "resume",
     ]
@@ -68,9 +68,9 @@ async def test_a_fault_midway_puts_the_old_weights_back(versions: tuple[Verified
     swap = await engine.swap(versions[1])
     assert llm.calls == [
         "pause keep clear=True",
-        "reload_weights policy-000001",
+        "swap_weights policy-000001",
         "pause keep clear=True",
-        "reload_weights policy-000000",
+        "swap_weights policy-000000",
         "label policy-000000",
         "resume",
     ]
