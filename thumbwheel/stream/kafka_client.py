@@ -6,6 +6,7 @@ import logging
 import socket
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,8 +28,11 @@ _NOISY = ("net.transport", "net.connection", "net.manager", "cluster", "consumer
 _NOISE_SECONDS = 60.0
 
 
-class _ClosingSocket(KafkaNetSocket):  # type: ignore[misc]  # kafka-python is not typed
-    """Connects without a proxy, as the default does, and closes the socket where that fails, as the default does not.
+_sockets: weakref.WeakKeyDictionary[Any, weakref.WeakSet[socket.socket]] = weakref.WeakKeyDictionary()
+
+
+class _Socket(KafkaNetSocket):  # type: ignore[misc]  # kafka-python is not typed
+    """Connects without a proxy, as the default does, and notes the socket for `_Network` to close.
 
     kafka-python finds the class by the scheme of `proxy_url`.
     """
@@ -36,11 +40,22 @@ class _ClosingSocket(KafkaNetSocket):  # type: ignore[misc]  # kafka-python is n
     SCHEMES = ("direct",)
 
     async def sock_connect(self, net: Any, sock: socket.socket, sockaddr: Any, timeout_at: float | None = None) -> Any:
+        _sockets.setdefault(net, weakref.WeakSet()).add(sock)
         try:
             return await super().sock_connect(net, sock, sockaddr, timeout_at=timeout_at)
         except BaseException:
             sock.close()
             raise
+
+
+class _Network(KafkaNetClient):  # type: ignore[misc]
+    """Closes its sockets, also those whose connections were being made, or did not answer, when it was closed."""
+
+    def close(self, node_id: Any = None) -> None:
+        super().close(node_id=node_id)
+        if node_id is None:
+            for sock in list(_sockets.pop(self._net, ())):
+                sock.close()
 
 
 class _Sparing(logging.Filter):
@@ -65,10 +80,10 @@ def client(make: Callable[..., Any], **configs: Any) -> Any:
     """Makes a Kafka client. Where it cannot reach a broker it raises, and the thread it had begun is ended."""
     for name in _NOISY:
         logging.getLogger(f"kafka.{name}").addFilter(_sparing)  # adding it twice adds it once
-    begun: list[KafkaNetClient] = []
+    begun: list[_Network] = []
 
-    def network(**given: Any) -> KafkaNetClient:
-        begun.append(KafkaNetClient(**given))
+    def network(**given: Any) -> _Network:
+        begun.append(_Network(**given))
         return begun[-1]
 
     try:

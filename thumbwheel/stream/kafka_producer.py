@@ -288,6 +288,7 @@ class KafkaLogProducer:
                     allow_auto_create_topics=False,
                     delivery_timeout_ms=int(self._delivery_timeout * 1000),
                     max_block_ms=int(_METADATA_SECONDS * 1000),
+                    metrics_enabled=False,
                     max_request_size=MAX_MESSAGE_BYTES,
                 )
             except (kafka_errors.KafkaError, OSError) as error:
@@ -302,9 +303,10 @@ class KafkaLogProducer:
         try:
             dropped.close(timeout=_DRAIN_SECONDS)
         except kafka_errors.KafkaTimeoutError:
-            # Its `close` gives up before it has stopped its thread.
+            # Its `close` gives up before it has stopped its thread, and would be called again when it is collected.
             dropped._sender.force_close()
             dropped._sender.join(_DRAIN_SECONDS)
+            dropped._closed = True
 
 
 def _refusal(error: Exception, pending: _Pending) -> errors.ThumbwheelError | None:

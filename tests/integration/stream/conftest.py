@@ -16,11 +16,11 @@ from thumbwheel.stream.log import Log, TopicPartition
 from thumbwheel.stream.memory import MemoryLog
 
 QUEUE = 50
-DELIVERY_TIMEOUT = 1.5
+DELIVERY_TIMEOUT = 3.0
 
 
 class Rig(Protocol):
-    """A log, and what can befall its broker. Queues hold 50 records; records are given up after 1.5 s."""
+    """A log, and what can befall its broker. Queues hold 50 records; records are given up after 3 s."""
 
     log: Log
 

@@ -231,7 +231,7 @@ def test_an_empty_poll_ends_in_time(rig: Rig, topic: str) -> None:
     consumer.poll(0.1)
     began = time.monotonic()
     assert consumer.poll(0.3) == []
-    assert 0.25 < time.monotonic() - began < 1.0
+    assert 0.25 < time.monotonic() - began < 3.0
     consumer.close()
 
 
@@ -306,7 +306,7 @@ def test_a_record_is_given_up_at_its_deadline(rig: Rig, topic: str) -> None:
     began = time.monotonic()
     with pytest.raises(errors.Unavailable, match=topic):
         producer.send(topic, b"k", b"v").result(SECONDS)
-    assert DELIVERY_TIMEOUT <= time.monotonic() - began < DELIVERY_TIMEOUT + 1.0
+    assert DELIVERY_TIMEOUT <= time.monotonic() - began < DELIVERY_TIMEOUT + 5.0
     rig.resume()
     send(producer, [b"after"])
     producer.close(SECONDS)
