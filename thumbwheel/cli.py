@@ -46,14 +46,25 @@ def _fail(error: Exception) -> NoReturn:
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
     """Runs a command to its end; a known error is told in one line and ends it with status 1."""
+    import signal
+
     from thumbwheel import errors
 
+    async def until_stopped() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        # As Ctrl-C does: what is inside is left in order, and every part is stopped.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        await main
+
     try:
-        asyncio.run(main)
+        asyncio.run(until_stopped())
     except errors.ThumbwheelError as error:
         _fail(error)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    except asyncio.CancelledError:
+        raise typer.Exit(143) from None
 
 
 def _client(home: Path | None) -> AsyncClient:

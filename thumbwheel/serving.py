@@ -160,8 +160,8 @@ async def serve(
     """Serves until SIGTERM or SIGINT; then refuses new calls, lets those in flight end, and returns.
 
     `services` are full gRPC names, for health and reflection. Raises `errors.PortInUse`, or whatever stopped a
-    background task. Calls still running `drain_seconds` after the signal are cancelled; `drained` is awaited when the last
-    has ended and background tasks still run.
+    background task. Calls still running `drain_seconds` after the signal are cancelled; `drained` is awaited when the
+    last has ended and background tasks still run.
     """
     host, _ = split_address(listen)
     with telemetry.metrics_server(metrics_port, process=process, host=host) as bound_metrics_port:

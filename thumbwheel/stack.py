@@ -216,7 +216,7 @@ class Stack:
                 broker = [
                     "--listen",
                     at.kafka,
-                    "--log-file",
+                    "--log",
                     str(log),
                     "--metrics-port",
                     str(at.metrics_port("broker")),
