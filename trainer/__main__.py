@@ -16,6 +16,9 @@ from trainer.config import TrainerSettings
 if TYPE_CHECKING:
     from thumbwheel.auth import ManifestSigner
     from thumbwheel.checkpoints.store import LocalStore
+    from thumbwheel.stream.log import Producer
+
+_CLOSE_SECONDS = 5.0
 
 logger = logging.getLogger("trainer")
 
@@ -47,13 +50,21 @@ def main(settings: TrainerSettings, stop: threading.Event) -> None:
         log.ensure_topics(wanted, settings.start_timeout_seconds)
         with contextlib.ExitStack() as opened:
             producer = log.producer()
-            opened.callback(producer.close, 5.0)
+            opened.callback(_close, producer)
             shared = Shared(settings, log, producer, store, signer, stop)
             tasks = []
             for name in settings.tasks:
                 tasks.append(Task(name, shared, resident=len(settings.tasks) == 1))
                 opened.callback(tasks[-1].close)
             loop.run(tasks, stop, ready)
+
+
+def _close(producer: Producer) -> None:
+    try:
+        producer.close(_CLOSE_SECONDS)
+    except (errors.DeadlineExceeded, errors.Unavailable) as error:
+        # Only an announcement can be on its way, and the newest version is announced at every start.
+        logger.warning("not everything was delivered: %s", error)
 
 
 def _ensure_base(settings: TrainerSettings, store: LocalStore, signer: ManifestSigner) -> None:

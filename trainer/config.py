@@ -82,7 +82,7 @@ class TrainerSettings(Settings):
     max_length: int = Field(default=1024, ge=8)
     """Most tokens of a prompt and one response. Prompts lose their beginning; responses are never cut."""
 
-    micro_batch_tokens: int = Field(default=512, ge=1)
+    micro_batch_tokens: int = Field(default=1024, ge=1)
     """Tokens that one forward and backward pass takes, padding included; what is longer recomputes its activations."""
 
     seed: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -31,10 +32,10 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("base") / "tiny-llama", seed=0)
 
 
-@pytest.fixture
-def home(base_model: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def begun(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home folder with keys and version 0 of both roles, made as `thumbwheel up` makes it."""
-    home = tmp_path / "home"
+    home = tmp_path_factory.mktemp("begun") / "home"
     Deployment(home)
     command = [sys.executable, "-m", "trainer", "--init-only", "--base-model", str(base_model), "--home", str(home)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
@@ -43,15 +44,27 @@ def home(base_model: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def home(begun: Path, tmp_path: Path) -> Path:
+    """A home folder of this test."""
+    return shutil.copytree(begun, tmp_path / "home")
+
+
+@pytest.fixture
 def broker(tmp_path: Path) -> Iterator[EmbeddedBroker]:
     with EmbeddedBroker(port=0, log=tmp_path / "broker.log") as broker:
         yield broker
 
 
-def trainer(home: Path, broker: EmbeddedBroker, processes: list[Process], *flags: str) -> Process:
+def trainer(
+    home: Path, broker: EmbeddedBroker, processes: list[Process], *flags: str, torchrun: bool = False
+) -> Process:
     arguments = ["--home", str(home), "--bootstrap-servers", broker.bootstrap_servers, "--threads", "1"]
     arguments += ["--round-size", "6", "--batch-size", "3", "--policy-learning-rate", "1e-3", *flags]
-    process = Process("trainer", arguments, home / "trainer.log")
+    module = "trainer"
+    if torchrun:
+        # As `torchrun -m trainer` does.
+        module, arguments = "torch.distributed.run", ["--standalone", "--nproc-per-node", "1", "-m", module, *arguments]
+    process = Process(module, arguments, home / "trainer.log")
     processes.append(process)
     return process.start()
 
@@ -190,7 +203,7 @@ async def test_killed_between_checkpoint_and_publish_it_publishes_and_learns_not
 
     pipe.unlink()
     send(log, [comparison(number) for number in range(4, 12)])
-    process = trainer(home, broker, processes, "--tasks", "policy").wait_serving()
+    process = trainer(home, broker, processes, "--tasks", "policy", torchrun=True).wait_serving()
     # Version 0 from the first start; what the checkpoint stood for; and what came after.
     assert announced(versions.wait_for(3)) == ["policy-000000", "policy-000001", "policy-000002"]
     assert samples(home, "policy-000001") == ids(range(6))
@@ -198,13 +211,33 @@ async def test_killed_between_checkpoint_and_publish_it_publishes_and_learns_not
     second = Deployment(home).store.load("policy-000002").manifest
     assert second.parent == "policy-000001"
     assert second.lineage.steps == 4
+    process.kill()
+    versions.close()
+    log.close()
+
+
+@pytest.mark.timeout(240)
+async def test_asked_to_stop_within_a_round_it_ends_at_once_and_learns_it_the_next_time(
+    home: Path, broker: EmbeddedBroker, processes: list[Process]
+) -> None:
+    log = open_log(broker.bootstrap_servers)
+    process = trainer(home, broker, processes, "--tasks", "policy", "--epochs", "100000").wait_serving()
+    send(log, [comparison(number) for number in range(6)])
+    await until(_metric_is(process, 'thumbwheel_trainer_grad_norm{task="policy"}', 1e-9))
+    assert process.stop(timeout=20.0) == 0
+    assert process.errors() == []
+    assert not list((home / "trainer").rglob("checkpoint-*"))
+    process = trainer(home, broker, processes, "--tasks", "policy").wait_serving()
+    versions = Topic(log, topics.VERSIONS)
+    assert announced(versions.wait_for(3)) == ["policy-000000", "policy-000000", "policy-000001"]
+    assert samples(home, "policy-000001") == ids(range(6))
     assert process.stop() == 0
     versions.close()
     log.close()
 
 
 @pytest.mark.timeout(240)
-async def test_killed_while_the_broker_is_away_it_announces_later_and_learns_nothing_twice(
+async def test_ended_while_the_broker_is_away_it_announces_later_and_learns_nothing_twice(
     home: Path, tmp_path: Path, processes: list[Process]
 ) -> None:
     flags = ("--tasks", "policy", "--min-round-size", "5", "--max-wait-seconds", "3")
@@ -216,7 +249,7 @@ async def test_killed_while_the_broker_is_away_it_announces_later_and_learns_not
         log.close()
     # The broker is gone before the round begins, which needs it for nothing but the announcement.
     await until(_is_there(home / "store" / "policy-000001"))
-    process.kill()
+    assert process.stop() == 0
     assert samples(home, "policy-000001") == ids(range(5))
 
     # The new broker knows nothing; the collector publishes everything again, and some more.
