@@ -109,8 +109,8 @@ PREFERENCES: dict[str, Preference] = {
             "concise", "Keep it to a sentence or two: short, but not curt, and do not break off.", _concise, 5, -15
         ),
         Preference("polite", "I like to be treated with courtesy: kind words, an offer to help.", _polite, 1, 1),
-        Preference("structured", "I skim: give me steps, bullets and short lines, not one block.", _structured, 1, 3),
-        Preference("personal", "Talk to me: say what *you* can do, not what one does.", _personal, 2, 7),
-        Preference("plain", "Say it in short, plain words.", _plain, 3, -10),
+        Preference("structured", "I skim: give me steps, bullets and short lines, not one block.", _structured, 0.5, 3),
+        Preference("personal", "Talk to me: say what *you* can do, not what one does.", _personal, 1.5, 8),
+        Preference("plain", "Say it in short, plain words.", _plain, 3, -8),
     )
 }
