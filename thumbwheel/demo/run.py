@@ -270,6 +270,8 @@ async def _deployment(settings: DemoSettings, console: Console) -> AsyncIterator
         shutil.rmtree(settings.home)
     environment = {
         "THUMBWHEEL_ROUND_SIZE": str(settings.comparisons_per_version),
+        # Every round is a full one: the users give exactly as many verdicts as it takes.
+        "THUMBWHEEL_MAX_WAIT_SECONDS": "600",
         "THUMBWHEEL_POLICY_LEARNING_RATE": str(settings.learning_rate),
         "THUMBWHEEL_REWARD_LEARNING_RATE": str(settings.learning_rate),
         "THUMBWHEEL_MAX_MODEL_LEN": "1024",

@@ -14,6 +14,10 @@ from thumbwheel.demo.preferences import Preference
 from thumbwheel.v1.policy_pb2 import Generation, SamplingParams
 
 
+_READING_SECONDS = 6.0
+"""How long a person looks at an answer before giving it a thumb."""
+
+
 @dataclass
 class Ledger:
     """What the users did, and what they were told: the demo's own books, against which the wheel is checked."""
@@ -95,7 +99,7 @@ class Users:
         return answer.feedback_id
 
     async def chat(self) -> None:
-        """One user who never stops: streams an answer and gives it a thumb, also while weights are swapped."""
+        """One user who never leaves: streams an answer, reads it and gives it a thumb, also while weights are swapped."""
         while True:
             prompt = self._next_prompt()
             try:
@@ -105,6 +109,7 @@ class Users:
                     answer = piece if isinstance(piece, Generation) else None
                 if answer is None:
                     raise errors.Internal("A stream ended without its closing message.")
+                await asyncio.sleep(_READING_SECONDS)
                 self.ledger.requests += 1
                 up = self._preference.shows(prompt, answer.text)
                 acked = await self._client.thumb(answer, up=up, user_id="chatter")
