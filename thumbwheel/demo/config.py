@@ -30,13 +30,13 @@ class DemoSettings(StackSettings):
     seed: int = 0
     """Decides who asks what, and which candidate is shown first."""
 
-    versions: int = Field(default=4, ge=1)
+    versions: int = Field(default=3, ge=1)
     """The wheel turns until so many new policy versions have gone live."""
 
     comparisons_per_version: int = Field(default=56, ge=8)
     """Comparisons that a version is trained on."""
 
-    concurrency: int = Field(default=16, ge=1)
+    concurrency: int = Field(default=24, ge=1)
     """Users asking at the same time."""
 
     max_tokens: int = Field(default=96, ge=8)

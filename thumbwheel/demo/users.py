@@ -13,7 +13,6 @@ from thumbwheel.client import AsyncClient
 from thumbwheel.demo.preferences import Preference
 from thumbwheel.v1.policy_pb2 import Generation, SamplingParams
 
-
 _READING_SECONDS = 6.0
 """How long a person looks at an answer before giving it a thumb."""
 
@@ -99,7 +98,7 @@ class Users:
         return answer.feedback_id
 
     async def chat(self) -> None:
-        """One user who never leaves: streams an answer, reads it and gives it a thumb, also while weights are swapped."""
+        """One user who never leaves: streams an answer, reads it, gives it a thumb; also while weights are swapped."""
         while True:
             prompt = self._next_prompt()
             try:
