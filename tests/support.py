@@ -22,10 +22,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from thumbwheel.auth import ManifestSigner, ManifestVerifier, create_keys
 from thumbwheel.checkpoints.store import LocalStore, version_name
 from thumbwheel.stream import topics
-from thumbwheel.stream.log import Log
+from thumbwheel.stream.log import Producer
 from thumbwheel.v1.events_pb2 import VersionEvent
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, ModelRole, VersionState
 
+VOCABULARY = 320
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -40,7 +41,9 @@ def make_tiny_llama(folder: Path, *, seed: int, reward: bool = False) -> Path:
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate([*special, *alphabet])}
+    # As many as the model has, so that whatever it says can be said to it again.
+    extra = [f"<extra{index}>" for index in range(VOCABULARY - len(special) - len(alphabet))]
+    vocab = {token: index for index, token in enumerate([*special, *alphabet, *extra])}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -50,7 +53,7 @@ def make_tiny_llama(folder: Path, *, seed: int, reward: bool = False) -> Path:
     tokenizer.chat_template = CHAT_TEMPLATE
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=320,
+        vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=256,
         num_hidden_layers=2,
@@ -134,7 +137,7 @@ class Process:
         """Where it serves gRPC."""
         return f"127.0.0.1:{self.port}"
 
-    def wait_serving(self, timeout: float = 90.0) -> Process:
+    def wait_serving(self, timeout: float = 240.0) -> Process:
         """Waits for gRPC health; fails with its log when it dies first."""
         deadline = time.monotonic() + timeout
         options = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500)]
@@ -174,7 +177,7 @@ class Process:
         return [entry["message"] for entry in entries if entry["level"] in ("error", "critical")]
 
 
-def announce(log: Log, manifest: CheckpointManifest, manifest_sha256: str) -> None:
+def announce(producer: Producer, manifest: CheckpointManifest, manifest_sha256: str) -> None:
     """Says on the `versions` topic that a version is to be served."""
     event = VersionEvent(
         event_id=str(uuid_utils.uuid7()),
@@ -184,9 +187,7 @@ def announce(log: Log, manifest: CheckpointManifest, manifest_sha256: str) -> No
         sequence=manifest.sequence,
         manifest_sha256=manifest_sha256,
     )
-    producer = log.producer()
     producer.send(topics.VERSIONS, manifest.version.encode(), event.SerializeToString()).result(30)
-    producer.close(5)
 
 
 async def until(condition: Callable[[], Awaitable[bool]], *, timeout: float = 60.0, every: float = 0.05) -> None:

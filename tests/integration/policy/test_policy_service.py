@@ -20,12 +20,12 @@ from thumbwheel.client import AsyncClient, to_prompt
 from thumbwheel.status import scrape
 from thumbwheel.stream import open_log, topics
 from thumbwheel.stream.broker import EmbeddedBroker
-from thumbwheel.stream.log import Log
+from thumbwheel.stream.log import Log, Producer
 from thumbwheel.v1 import policy_pb2 as pb
 from thumbwheel.v1.events_pb2 import GenerationEvent
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, ModelRole
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(420)
 POLICY = ModelRole.MODEL_ROLE_POLICY
 GREEDY = pb.SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
@@ -37,6 +37,7 @@ class World:
     deployment: Deployment
     bootstrap_servers: str
     log: Log
+    producer: Producer
     process: Process
 
     def another(self, processes: list[Process], name: str, deployment: Deployment | None = None) -> Process:
@@ -49,7 +50,7 @@ class World:
 
     def go_live(self, manifest: CheckpointManifest) -> None:
         """Announces a version."""
-        announce(self.log, manifest, self.deployment.store.load(manifest.version).manifest_sha256)
+        announce(self.producer, manifest, self.deployment.store.load(manifest.version).manifest_sha256)
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +61,11 @@ def world(tmp_path_factory: pytest.TempPathFactory, processes: list[Process]) ->
     with EmbeddedBroker(port=free_port(), log=deployment.home / "broker.log") as broker:
         log = open_log(broker.bootstrap_servers)
         log.ensure_topics(topics.topics(partitions=2, replication=1), 30.0)
-        world = World(deployment, broker.bootstrap_servers, log, None)  # type: ignore[arg-type]  # set on the next line
+        producer = log.producer()
+        world = World(deployment, broker.bootstrap_servers, log, producer, None)  # type: ignore[arg-type]  # set on the next line
         world.process = world.another(processes, "policy").start().wait_serving()
         yield world
+        producer.close(5)
         log.close()
 
 
@@ -333,7 +336,7 @@ async def test_a_version_that_is_not_what_it_says_is_refused(world: World, clien
     whole = weights.read_bytes()
     weights.chmod(0o644)
     weights.write_bytes(whole[:-1000])
-    announce(world.log, bad, digest)
+    announce(world.producer, bad, digest)
     good = world.deployment.publish(POLICY, sequence + 2, seed=901)
 
     def refused() -> bool:
@@ -350,9 +353,7 @@ async def test_a_version_that_is_not_what_it_says_is_refused(world: World, clien
 
 
 async def test_an_undecodable_announcement_goes_to_the_dead_letters(world: World, client: AsyncClient) -> None:
-    producer = world.log.producer()
-    producer.send(topics.VERSIONS, b"policy", b"\xff\xff not a version").result(30)
-    producer.close(5)
+    world.producer.send(topics.VERSIONS, b"policy", b"\xff\xff not a version").result(30)
     consumer = world.log.consumer([topics.DEADLETTER], group="test")
     letters: list[bytes] = []
 

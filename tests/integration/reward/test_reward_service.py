@@ -19,7 +19,7 @@ from thumbwheel.stream.log import Log
 from thumbwheel.v1 import policy_pb2, reward_pb2
 from thumbwheel.v1.rollout_pb2 import ModelRole
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(420)
 REWARD = ModelRole.MODEL_ROLE_REWARD
 ITEMS = [(f"Question {i}", f"Answer number {i}, " + "and so on " * i) for i in range(8)]
 
@@ -137,7 +137,8 @@ async def test_a_swap_is_true(deployment: Deployment, log: Log, client: AsyncCli
     async with asyncio.TaskGroup() as group:
         for _ in range(4):
             group.create_task(user())
-        announce(log, new, store.load(new.version).manifest_sha256)
+        producer = log.producer()
+        announce(producer, new, store.load(new.version).manifest_sha256)
 
         async def live() -> bool:
             return (await client.reward()).version == new.version
@@ -145,6 +146,7 @@ async def test_a_swap_is_true(deployment: Deployment, log: Log, client: AsyncCli
         await until(live)
         await client.score_items(items)
         stop.set()
+    producer.close(5)
     after = await _scores(client)
     assert min(abs(b - a) for b, a in zip(before, after, strict=True)) > 0.0
     for answer in answers:
