@@ -30,6 +30,7 @@ from thumbwheel.config import Settings, split_address
 
 _PR_SET_PDEATHSIG = 1
 _LOG_TAIL_BYTES = 16_384
+_KILL_SECONDS = 10.0
 STATE_FILE = "up.json"
 
 Progress = Callable[[str], None]
@@ -302,10 +303,17 @@ class Stack:
         waits = [asyncio.create_task(part.process.wait()) for part in self.parts.values()]
         if waits:
             await asyncio.wait(waits, timeout=self.settings.stop_timeout_seconds)
-        for part in self.parts.values():
-            with contextlib.suppress(ProcessLookupError):  # the whole session is gone already
-                os.killpg(part.process.pid, signal.SIGKILL)
+        await asyncio.gather(*(_end_session(part.process.pid) for part in self.parts.values()))
         (self.settings.home / STATE_FILE).unlink(missing_ok=True)
+
+
+async def _end_session(leader: int) -> None:
+    """Kills what is left of a part and its children, and waits until the kernel has let go of them."""
+    with contextlib.suppress(ProcessLookupError, TimeoutError):  # gone; or stuck in the kernel, beyond our reach
+        async with asyncio.timeout(_KILL_SECONDS):
+            while True:
+                os.killpg(leader, signal.SIGKILL)
+                await asyncio.sleep(0.05)
 
 
 @contextlib.asynccontextmanager

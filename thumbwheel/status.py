@@ -15,8 +15,18 @@ from thumbwheel.client import AsyncClient
 from thumbwheel.config import split_address
 from thumbwheel.stack import Addresses
 
-Samples = dict[str, float]
-"""Metric name → its value, summed over labels."""
+_JOINED_STATES = ("ACCEPTED", "APART", "RECORDED")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The metrics of a process at a moment: (name, labels, value)."""
+
+    values: tuple[tuple[str, dict[str, str], float], ...] = ()
+
+    def total(self, name: str, **labels: str) -> float:
+        """The sum of a metric over all series that carry these labels."""
+        return sum(value for found, of, value in self.values if found == name and labels.items() <= of.items())
 
 
 @dataclass
@@ -63,11 +73,8 @@ def scrape(address: str, timeout: float = 2.0) -> Samples:
             text = response.read().decode()
     except OSError as error:
         raise errors.Unavailable(f"No metrics from {address}: {error}.") from error
-    samples: Samples = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            samples[sample.name] = samples.get(sample.name, 0.0) + sample.value
-    return samples
+    families = text_string_to_metric_families(text)
+    return Samples(tuple((one.name, dict(one.labels), one.value) for family in families for one in family.samples))
 
 
 async def read_status(client: AsyncClient, addresses: Addresses) -> Status:
@@ -98,14 +105,17 @@ async def read_status(client: AsyncClient, addresses: Addresses) -> Status:
         status.reward_version = reward.version
 
     def by_part(part: str) -> Samples:
-        samples: Samples = answers.get(f"{part} metrics", {})
+        samples: Samples = answers.get(f"{part} metrics", Samples())
         return samples
 
-    status.tokens = int(by_part("policy").get("thumbwheel_policy_tokens_total", 0))
+    status.tokens = int(by_part("policy").total("thumbwheel_policy_tokens_total"))
     collector, trainer = by_part("collector"), by_part("trainer")
-    status.feedback = int(collector.get("thumbwheel_collector_feedback_total", 0))
-    status.held = int(collector.get("thumbwheel_collector_held", 0))
-    status.outbox = int(collector.get("thumbwheel_collector_outbox_depth", 0))
-    status.learnt = int(trainer.get("thumbwheel_trainer_samples_learnt_total", 0))
-    status.pending = int(trainer.get("thumbwheel_trainer_pending_samples", 0))
+    # What is held is counted when it is held and again when it is joined.
+    status.feedback = sum(
+        int(collector.total("thumbwheel_collector_feedback_total", state=state)) for state in _JOINED_STATES
+    ) + int(collector.total("thumbwheel_collector_held"))
+    status.held = int(collector.total("thumbwheel_collector_held"))
+    status.outbox = int(collector.total("thumbwheel_collector_outbox_depth"))
+    status.learnt = int(trainer.total("thumbwheel_trainer_samples_learnt_total"))
+    status.pending = int(trainer.total("thumbwheel_trainer_pending_samples"))
     return status
