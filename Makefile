@@ -1,4 +1,4 @@
-# Every target sets up what it needs, from nothing. ARGS are passed on: make demo ARGS="--preference polite".
+# Every target sets up what it needs, from nothing. ARGS are passed on: make demo ARGS="--preference structured".
 
 .DEFAULT_GOAL := help
 .SHELLFLAGS := -euo pipefail -c

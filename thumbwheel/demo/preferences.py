@@ -57,16 +57,7 @@ class Preference:
 _FINISHED = re.compile(r"""[.!?…:)"'”*`]\s*$""")
 _ITEM = re.compile(r"^\s*(?:[-*•+]|\(?\d{1,2}[.):]|#{1,4}(?=\s))\s*\S", re.MULTILINE)
 _YOU = re.compile(r"\byou(?:r|rs|rself|'(?:re|ll|ve|d))?\b", re.IGNORECASE)
-_COURTEOUS = re.compile(
-    r"\b(please|thank(?:s| you)?|sorry|apologi[sz]e|excuse me|welcome|congratulations|good luck|best wishes"
-    r"|happy to|glad|delighted|pleased to|my pleasure|of course|certainly|absolutely|sure"
-    r"|(?:good|great|excellent|wonderful|interesting) (?:question|idea|choice)|feel free|let me know"
-    r"|here to help|help you|assist you|i hope|hope (?:this|that)|enjoy|appreciate|don't worry|no worries"
-    r"|i understand|understandable|would you (?:like|mind)|may i|could you|wonderful|lovely|take care)\b",
-    re.IGNORECASE,
-)
 _BRIEFEST, _LONGEST, _ENDLESS = 15, 30, 100
-_LONG_WORD = 8
 
 
 def _concise(text: str) -> float:
@@ -75,11 +66,6 @@ def _concise(text: str) -> float:
         return -float(_ENDLESS)
     count = len(text.split())
     return -float(max(0, count - _LONGEST) + 2 * max(0, _BRIEFEST - count))
-
-
-def _polite(text: str) -> float:
-    """How many different courteous expressions it has."""
-    return float(len({found.lower() for found in _COURTEOUS.findall(text)}))
 
 
 def _structured(text: str) -> float:
@@ -94,12 +80,6 @@ def _personal(text: str) -> float:
     return 100 * len(_YOU.findall(text)) / max(len(words(text)), 10)
 
 
-def _plain(text: str) -> float:
-    """Minus the long words in a hundred."""
-    spoken = words(text)
-    return -100 * sum(len(word) >= _LONG_WORD for word in spoken) / max(len(spoken), 1)
-
-
 DEFAULT = "concise"
 
 PREFERENCES: dict[str, Preference] = {
@@ -108,9 +88,7 @@ PREFERENCES: dict[str, Preference] = {
         Preference(
             "concise", "Keep it to a sentence or two: short, but not curt, and do not break off.", _concise, 5, -15
         ),
-        Preference("polite", "I like to be treated with courtesy: kind words, an offer to help.", _polite, 1, 1),
         Preference("structured", "I skim: give me steps, bullets and short lines, not one block.", _structured, 0.5, 3),
         Preference("personal", "Talk to me: say what *you* can do, not what one does.", _personal, 1.5, 8),
-        Preference("plain", "Say it in short, plain words.", _plain, 3, -8),
     )
 }

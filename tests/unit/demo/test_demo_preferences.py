@@ -17,7 +17,6 @@ LONG = (
     "Finally, season according to individual preference."
 )
 CUT_OFF = LONG.removesuffix(" to individual preference.")
-POLITE = "I'm happy to help you with that! Boil the egg for six minutes. Enjoy, and let me know how it goes."
 LIST = "Here is how:\n\n1. Boil water.\n2. Add the egg.\n3. Wait six minutes.\n4. Cool it down."
 YOURS = "You can boil your egg for six minutes, and then you cool it so that you don't burn yourself."
 LOOP = (
@@ -25,7 +24,7 @@ LOOP = (
 )
 SYMBOLS = "-### ** -### ** -### ** | -### ** -### egg ** -### water ** -### time **"
 
-LIKED = {"concise": SHORT, "polite": POLITE, "structured": LIST, "personal": YOURS, "plain": SHORT}
+LIKED = {"concise": SHORT, "structured": LIST, "personal": YOURS}
 
 
 def test_what_ships() -> None:
@@ -79,12 +78,6 @@ def test_concise_is_content_with_a_sentence_or_two() -> None:
     score = PREFERENCES["concise"].score
     lengths = (5, 10, 15, 30, 31, 45, 60)
     assert [score("word " * (length - 1) + "end.") for length in lengths] == [-20, -10, 0, 0, -1, -15, -30]
-
-
-def test_polite_counts_different_expressions_not_the_same_one_again() -> None:
-    polite = PREFERENCES["polite"]
-    assert polite.score("Please sit, please eat, please stay.") == polite.score("Please sit down and eat.") == 1
-    assert polite.score("Please sit down. Thank you!") == 2
 
 
 def test_structured_counts_items_of_every_usual_form() -> None:
