@@ -124,8 +124,9 @@ async def test_bad_input_names_the_field(client: AsyncClient, item: reward_pb2.S
 
 async def test_a_swap_is_true(deployment: Deployment, log: Log, client: AsyncClient, processes: list[Process]) -> None:
     """After it, scores are those of a cold start; a call that it meets is scored by one version from end to end."""
-    store, before = deployment.store, await _scores(client)
+    before = await _scores(client)
     new = deployment.publish(REWARD, 1, seed=1)
+    digest = deployment.store.load(new.version).manifest_sha256
     items = [reward_pb2.ScoreItem(prompt=to_prompt(prompt), response=answer) for prompt, answer in ITEMS]
     answers: list[reward_pb2.ScoreResponse] = []
     stop = asyncio.Event()
@@ -137,8 +138,13 @@ async def test_a_swap_is_true(deployment: Deployment, log: Log, client: AsyncCli
     async with asyncio.TaskGroup() as group:
         for _ in range(4):
             group.create_task(user())
-        producer = log.producer()
-        announce(producer, new, store.load(new.version).manifest_sha256)
+
+        async def busy() -> bool:
+            return len(answers) >= 4
+
+        await until(busy)
+        producer = await asyncio.to_thread(log.producer)
+        await asyncio.to_thread(announce, producer, new, digest)
 
         async def live() -> bool:
             return (await client.reward()).version == new.version
