@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 import uuid_utils
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -163,13 +165,16 @@ class Process:
             self.kill()
 
     def kill(self) -> None:
-        """kill -9, children too."""
-        try:
+        """kill -9, and its children, also those that lead sessions of their own."""
+        children: list[psutil.Process] = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(self.popen.pid).children(recursive=True)
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.popen.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        finally:
-            self.popen.wait(10)
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        self.popen.wait(10)
 
     def errors(self) -> list[str]:
         """Messages logged as errors."""
