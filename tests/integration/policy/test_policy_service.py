@@ -286,6 +286,7 @@ async def test_a_seeded_response_survives_a_swap_in_mid_prompt(world: World, cli
     assert all(len(task.result().token_ids) == 100 for task in first)
     again = [await asyncio.gather(*(one(seed) for seed in range(4))) for _ in range(2)]
     assert len({generation.text for generation in again[0]}) == 4
+    assert [generation.text for generation in again[0]] == [generation.text for generation in again[1]]
 
 
 async def test_swaps_under_load_fail_nothing(world: World, client: AsyncClient) -> None:
