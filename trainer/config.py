@@ -64,6 +64,9 @@ class TrainerSettings(Settings):
     beta: float = Field(default=0.1, gt=0)
     """Weight of the KL term that keeps the policy near its reference."""
 
+    nll_weight: float = Field(default=0.0, ge=0)
+    """Weight of the chosen responses' own likelihood beside `dpo`; needed where much is learnt from few comparisons."""
+
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of AdamW."""
 

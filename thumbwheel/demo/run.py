@@ -274,6 +274,8 @@ async def _deployment(settings: DemoSettings, console: Console) -> AsyncIterator
         "THUMBWHEEL_MAX_WAIT_SECONDS": "600",
         "THUMBWHEEL_POLICY_LEARNING_RATE": str(settings.learning_rate),
         "THUMBWHEEL_REWARD_LEARNING_RATE": str(settings.learning_rate),
+        # At such a rate DPO alone overshoots: answers that were to become short became fragments.
+        "THUMBWHEEL_NLL_WEIGHT": "1.0",
         "THUMBWHEEL_MAX_MODEL_LEN": "1024",
         "THUMBWHEEL_SEED": str(settings.seed),
     }

@@ -83,4 +83,4 @@ def objective(name: str, role: ModelRole.ValueType, settings: TrainerSettings) -
         raise errors.InvalidArgument(
             f"is {name!r}.", field=field, remedy=f"Use one of {', '.join(names(role)) or '(none)'}."
         )
-    return Dpo(beta=settings.beta) if name == "dpo" else Reward()
+    return Dpo(settings.beta, settings.nll_weight) if name == "dpo" else Reward()

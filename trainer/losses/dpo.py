@@ -1,11 +1,16 @@
-"""Direct preference optimization (Rafailov et al., 2023, arXiv 2305.18290)."""
+"""Direct preference optimization (Rafailov et al., 2023, arXiv 2305.18290), and the NLL term that may go with it.
+
+DPO alone is content to make the better response less likely, so long as the worse one becomes still less so; round by
+round, answers then fall apart. α · −log π(y_w)/|y_w| (RPO: Pang et al., 2024, arXiv 2404.19733) holds against that.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,6 +37,8 @@ class Dpo:
     """DPO on a causal language model."""
 
     beta: float
+    nll_weight: float = 0.0
+    """α."""
     name: str = "dpo"
     role: ModelRole.ValueType = ModelRole.MODEL_ROLE_POLICY
     needs_reference: bool = True
@@ -45,8 +52,12 @@ class Dpo:
         """See `Objective.loss`."""
         assert reference is not None
         chosen, rejected = models.response_logprobs(model, batch).chunk(2)
-        return dpo_loss(chosen, rejected, *reference.chunk(2), beta=self.beta)
+        found = dpo_loss(chosen, rejected, *reference.chunk(2), beta=self.beta)
+        if not self.nll_weight:
+            return found
+        lengths = torch.bincount(batch.owners, minlength=2 * batch.pairs)[: batch.pairs]
+        return replace(found, losses=found.losses - self.nll_weight * chosen / lengths)
 
     def settings(self) -> dict[str, str]:
         """See `Objective.settings`."""
-        return {"beta": repr(self.beta)}
+        return {"beta": repr(self.beta), "nll_weight": repr(self.nll_weight)}

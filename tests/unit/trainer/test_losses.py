@@ -115,6 +115,25 @@ def test_dpo_equals_trl_on_the_same_models(policy_path: Path, tmp_path: Path) ->
         torch.testing.assert_close(our, their, rtol=1e-3, atol=1e-5)
 
 
+def test_the_nll_term_is_the_mean_loss_of_the_chosen_tokens(policy_path: Path) -> None:
+    """Against the next-token loss that Transformers computes for each chosen response by itself."""
+    samples = make_samples(PAIRS)
+    policy = models.load_causal(policy_path).float()
+    layout = batch.collate(samples)
+    reference = torch.zeros(2 * PAIRS)
+    plain, with_nll = (Dpo(0.1, weight).loss(policy, layout, reference) for weight in (0.0, 0.3))
+    theirs = []
+    for sample in samples:
+        labels = torch.tensor([[-100] * len(sample.prompt) + list(sample.chosen)])
+        theirs.append(policy(input_ids=torch.tensor([sample.prompt + sample.chosen]), labels=labels).loss)
+    ours = with_nll.losses - plain.losses
+    torch.testing.assert_close(ours, 0.3 * torch.stack(theirs), rtol=1e-4, atol=1e-4)
+    gradients = (torch.autograd.grad(term, list(policy.parameters())) for term in (ours.sum(), 0.3 * sum(theirs)))
+    for our, their in zip(*gradients, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-3, atol=1e-4)
+    assert torch.equal(with_nll.chosen_rewards, plain.chosen_rewards)
+
+
 def test_the_reward_loss_equals_trls() -> None:
     from trl.trainer.reward_trainer import RewardTrainer
 
@@ -147,8 +166,8 @@ def test_rewards_say_what_the_loss_means() -> None:
 
 
 def test_objectives_are_found_by_name_and_role() -> None:
-    settings = TrainerSettings(beta=0.3)
-    assert losses.objective("dpo", ModelRole.MODEL_ROLE_POLICY, settings) == Dpo(beta=0.3)
+    settings = TrainerSettings(beta=0.3, nll_weight=0.2)
+    assert losses.objective("dpo", ModelRole.MODEL_ROLE_POLICY, settings) == Dpo(beta=0.3, nll_weight=0.2)
     assert losses.objective("reward", ModelRole.MODEL_ROLE_REWARD, settings) == Reward()
     with pytest.raises(errors.InvalidArgument, match=r"policy_objective: is 'reward'. Use one of dpo"):
         losses.objective("reward", ModelRole.MODEL_ROLE_POLICY, settings)
