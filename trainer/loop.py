@@ -25,7 +25,7 @@ POLL_SECONDS = 0.5
 
 def run(tasks: Sequence[Task], stop: threading.Event, ready: Callable[[bool], None]) -> None:
     """Runs until `stop`. `ready` hears of the moment from which comparisons are learnt, and of the end."""
-    from trainer.learner import Stopped
+    from trainer.inference import Stopped
 
     for task in tasks:
         task.resume()

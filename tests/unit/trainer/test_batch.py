@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from tests.unit.trainer.samples import make_sample, make_samples
 from trainer import batch, models
-from trainer.buffer import Sample
+from trainer.samples import Pair
 
 lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=40)
 
 
-def samples_of(shapes: list[tuple[int, int, int]]) -> list[Sample]:
+def samples_of(shapes: list[tuple[int, int, int]]) -> list[Pair]:
     rng = random.Random(0)
     return [make_sample(rng, prompt=p, chosen=c, rejected=r) for p, c, r in shapes]
 
@@ -53,7 +53,7 @@ def test_micro_batches_keep_the_budget_and_put_like_lengths_together(
 ) -> None:
     samples = samples_of(shapes)
     groups = batch.micro_batches(samples, budget)
-    assert sorted(s.id for group in groups for s in group) == sorted(s.id for s in samples)
+    assert sorted(row.sample.id for group in groups for row in group) == sorted(s.id for s in samples)
     for group in groups:
         assert len(group) == 1 or len(group) * max(s.tokens for s in group) <= budget
     # Groups do not overlap in length, so no other grouping of the same sizes has less padding.
@@ -65,10 +65,10 @@ def test_logprobs_with_a_shared_prompt_equal_those_of_plain_full_logits(policy_p
     model = models.load_causal(policy_path).double().eval()  # so that only the layout can make a difference
     samples = make_samples(6)
     with torch.no_grad():
-        shared = models.response_logprobs(model, batch.collate(samples))
+        shared = models.response_logprobs(model, batch.collate(batch.whole(samples)))
         plain = []
-        for response in ("chosen", "rejected"):
-            for sample in samples:
+        for sample in samples:
+            for response in ("chosen", "rejected"):
                 tokens = torch.tensor([sample.prompt + getattr(sample, response)])
                 logprobs = model(input_ids=tokens).logits.log_softmax(-1)[0, :-1]
                 chosen = logprobs.gather(1, tokens[0, 1:, None])[len(sample.prompt) - 1 :]
@@ -80,18 +80,18 @@ def test_scores_with_a_shared_prompt_equal_transformers_own(reward_path: Path) -
     model = models.load_scorer(reward_path).double().eval()  # so that only the layout can make a difference
     samples = make_samples(6)
     with torch.no_grad():
-        shared = models.scores(model, batch.collate(samples))
+        shared = models.scores(model, batch.collate(batch.whole(samples)))
         plain = [
             model(input_ids=torch.tensor([sample.prompt + getattr(sample, response)])).logits[0, 0]
-            for response in ("chosen", "rejected")
             for sample in samples
+            for response in ("chosen", "rejected")
         ]
     torch.testing.assert_close(shared, torch.stack(plain), rtol=1e-5, atol=1e-4, check_dtype=False)
 
 
 def test_logits_exist_for_a_few_positions_at_a_time(policy_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.load_causal(policy_path).float().eval()
-    layout = batch.collate(make_samples(6))
+    layout = batch.collate(batch.whole(make_samples(6)))
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_logits_exist_for_a_few_positions_at_a_time(policy_path: Path, monkeypat
 
 def test_the_first_token_of_both_responses_is_predicted_by_the_prompt() -> None:
     sample = make_sample(random.Random(0), prompt=4, chosen=2, rejected=3)
-    layout = batch.collate([sample])
+    layout = batch.collate(batch.whole([sample]))
     assert layout.predictors.tolist() == [3, 4, 3, 6, 7]
     assert layout.targets.tolist() == [*sample.chosen, *sample.rejected]
     assert layout.owners.tolist() == [0, 0, 1, 1, 1]

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.unit.trainer.samples import make_sample, make_samples
+from tests.unit.trainer.samples import make_sample, make_samples, with_sums
 from thumbwheel import errors
 from thumbwheel.v1.rollout_pb2 import ModelRole
 from trainer import batch, losses, models
-from trainer.buffer import Sample
 from trainer.config import TrainerSettings
-from trainer.learner import Learner, Reference, StepReport, Stopped, reference_logprobs
-from trainer.losses import Objective
+from trainer.inference import Stopped, reference_logprobs
+from trainer.learner import Learner, StepReport
+from trainer.losses.base import PerSample
+from trainer.losses.mixture import Mixture
+from trainer.samples import Sample
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -27,7 +30,7 @@ def settings_with(**changes: object) -> TrainerSettings:
     return TrainerSettings.model_validate({"batch_size": 4, "micro_batch_tokens": 80, "beta": 0.5, **changes})
 
 
-def dpo(settings: TrainerSettings) -> Objective:
+def dpo(settings: TrainerSettings) -> Mixture:
     return losses.objective("dpo", POLICY, settings)
 
 
@@ -40,7 +43,7 @@ def weights(learner: Learner, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def one_step(
-    path: Path, samples: list[Sample], settings: TrainerSettings, reference: Reference
+    path: Path, samples: Sequence[Sample], settings: TrainerSettings, reference: PerSample
 ) -> tuple[StepReport, list[StepReport]]:
     learner = Learner(dpo(settings), path, settings, learning_rate=1e-3)
     reports: list[StepReport] = []
@@ -52,14 +55,14 @@ def one_step(
 def test_dpo_lowers_its_loss_and_widens_the_margin(policy_path: Path) -> None:
     settings = settings_with(epochs=8, batch_size=8, micro_batch_tokens=200)
     samples = make_samples(8)
-    reference = reference_logprobs(dpo(settings), policy_path, samples, settings, lambda: False)
+    reference = reference_logprobs(policy_path, samples, max_tokens=80)
     _, reports = one_step(policy_path, samples, settings, reference)
     assert [report.step for report in reports] == list(range(1, 9))
     assert reports[0].loss == pytest.approx(math.log(2), abs=0.02)
-    assert reports[0].margin == pytest.approx(0.0, abs=0.05)
+    assert reports[0].measures["margin"] == pytest.approx(0.0, abs=0.05)
     assert reports[-1].loss < 0.2
-    assert reports[-1].margin > 2.0
-    assert reports[-1].accuracy == 1.0
+    assert reports[-1].measures["margin"] > 2.0
+    assert reports[-1].measures["accuracy"] == 1.0
 
 
 def test_the_reward_model_learns_to_rank(reward_path: Path) -> None:
@@ -69,7 +72,7 @@ def test_the_reward_model_learns_to_rank(reward_path: Path) -> None:
     learner.learn(make_samples(8), {}, round_number=1, on_step=reports.append)
     learner.close()
     assert reports[-1].loss < reports[0].loss / 2
-    assert reports[-1].accuracy == 1.0
+    assert reports[-1].measures["accuracy"] == 1.0
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -78,7 +81,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_step(stage: int, policy_pat
     reports = []
     for tokens in (1, 60, 10_000):
         settings = settings_with(zero_stage=stage, batch_size=8, micro_batch_tokens=tokens)
-        reference = {sample.id: (-40.0, -42.0) for sample in samples}
+        reference = with_sums(samples, -40.0, -42.0)
         reports.append(one_step(policy_path, samples, settings, reference)[0])
     for report in reports[1:]:
         assert report.loss == pytest.approx(reports[0].loss, rel=0.02)
@@ -89,7 +92,7 @@ def test_a_sample_that_weighs_twice_counts_twice(policy_path: Path) -> None:
     settings = settings_with(micro_batch_tokens=10_000)
     single, double = (make_sample(random.Random(3), weight=weight) for weight in (1.0, 2.0))
     norms = [
-        one_step(policy_path, [sample], settings, {sample.id: (-40.0, -42.0)})[0].grad_norm
+        one_step(policy_path, [sample], settings, with_sums([sample], -40.0, -42.0))[0].grad_norm
         for sample in (single, double)
     ]
     assert norms[1] == pytest.approx(2 * norms[0], rel=1e-3)
@@ -101,7 +104,7 @@ def test_prompt_tokens_get_no_loss(policy_path: Path) -> None:
     sample = make_sample(random.Random(0), prompt=7, chosen=3, rejected=4)
     gradients: list[torch.Tensor] = []
     model.model.norm.register_full_backward_hook(lambda module, inputs, outputs: gradients.append(outputs[0]))
-    models.response_logprobs(model, batch.collate([sample])).sum().backward()  # type: ignore[no-untyped-call]
+    models.response_logprobs(model, batch.collate(batch.whole([sample]))).sum().backward()  # type: ignore[no-untyped-call]
     norms = gradients[0][0].norm(dim=-1)
     predicts = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 1, 1, 1, 0], dtype=torch.bool)
     assert (norms[~predicts] == 0).all()
@@ -116,7 +119,7 @@ def test_a_restart_between_rounds_changes_no_bit(
     objective = dpo(settings) if role == "policy" else losses.objective("reward", REWARD, settings)
     path = policy_path if role == "policy" else reward_path
     samples = make_samples(16)
-    reference = {sample.id: (-40.0, -42.0) for sample in samples}
+    reference = with_sums(samples, -40.0, -42.0)
     rounds = [samples[:8], samples[8:]]
 
     straight = Learner(objective, path, settings, learning_rate=1e-3)
@@ -142,20 +145,22 @@ def test_a_restart_between_rounds_changes_no_bit(
 
 
 def test_the_reference_pass_equals_the_models_own_logprobs(policy_path: Path) -> None:
-    settings = settings_with()
     samples = make_samples(5)
-    reference = reference_logprobs(dpo(settings), policy_path, samples, settings, lambda: False)
+    reference = reference_logprobs(policy_path, samples, max_tokens=80)
     model = models.load_causal(policy_path).eval()
     for sample in samples:
-        for response, found in zip((sample.chosen, sample.rejected), reference[sample.id], strict=True):
-            own = models.continuation_logprobs(model, sample.prompt, response)
-            assert found == pytest.approx(sum(own), rel=0.02)
+        own = [
+            logprob
+            for response in sample.responses
+            for logprob in models.continuation_logprobs(model, sample.prompt, response)
+        ]
+        assert reference[sample.id].tolist() == pytest.approx(own, rel=0.1, abs=0.1)
 
 
 def test_a_long_sample_recomputes_its_activations_and_learns_the_same(policy_path: Path) -> None:
     sample = make_sample(random.Random(0), prompt=30, chosen=20, rejected=20)
     norms = [
-        one_step(policy_path, [sample], settings_with(micro_batch_tokens=tokens), {sample.id: (-99.0, -99.0)})[0]
+        one_step(policy_path, [sample], settings_with(micro_batch_tokens=tokens), with_sums([sample], -99.0, -99.0))[0]
         for tokens in (10, 10_000)
     ]
     assert norms[0] == norms[1]
@@ -166,7 +171,7 @@ def test_divergence_is_an_error_that_says_what_to_do(policy_path: Path) -> None:
     samples = make_samples(4)
     learner = Learner(dpo(settings), policy_path, settings, learning_rate=1e-3)
     with pytest.raises(errors.Internal, match=r"loss is nan at step 1 .*not published.*Lower the learning rate"):
-        learner.learn(samples, {sample.id: (math.nan, 0.0) for sample in samples}, round_number=1)
+        learner.learn(samples, with_sums(samples, math.nan, 0.0), round_number=1)
     learner.close()
 
 
@@ -181,6 +186,6 @@ def test_being_stopped_gives_the_round_up(policy_path: Path) -> None:
         return asked[-1]
 
     with pytest.raises(Stopped):
-        learner.learn(samples, {sample.id: (-40.0, -42.0) for sample in samples}, round_number=1, stop=stop)
+        learner.learn(samples, with_sums(samples, -40.0, -42.0), round_number=1, stop=stop)
     assert learner.steps_done < 2
     learner.close()
