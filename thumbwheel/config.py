@@ -100,6 +100,7 @@ def _explain(error: ValidationError, prog: str) -> NoReturn:
         field = ".".join(str(part) for part in problem["loc"])
         flag = "--" + field.replace("_", "-")
         message = f"{prog}: {flag} (or THUMBWHEEL_{field.upper()}): {problem['msg']}"
-        print(f"{message}; it is {problem['input']!r}.", file=sys.stderr)
+        found = "" if problem["type"] == "missing" else f"; it is {problem['input']!r}"
+        print(f"{message}{found}.", file=sys.stderr)
     print(f"See `{prog} --help`.", file=sys.stderr)
     raise SystemExit(2)

@@ -18,10 +18,6 @@ _FACTOR = 2
 """Without gradients, so many times the tokens fit."""
 
 
-class Stopped(Exception):
-    """The process was asked to stop while it learnt. What was begun is given up; nothing of it is kept."""
-
-
 @torch.no_grad()
 def per_token(
     function: Callable[[Any, Batch], Tensor],
@@ -38,7 +34,7 @@ def per_token(
     found = {sample.id: torch.zeros(sample.response_tokens) for sample in samples}
     for rows in batches.micro_batches(samples, _FACTOR * max_tokens):
         if stop():
-            raise Stopped
+            raise runtime.Stopped
         spans = [row.span for row in rows]
         values = function(model, batches.collate(rows).to(device)).cpu()
         sizes = [span.stop - span.start for span in spans]

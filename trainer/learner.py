@@ -26,7 +26,6 @@ from trainer import batch as batches
 from trainer import inference, models, runtime
 from trainer.batch import Batch
 from trainer.config import LearningSettings
-from trainer.inference import Stopped
 from trainer.losses.base import Objective, PerSample, Prepared, Round, units
 from trainer.losses.mixture import Mixture, Term
 from trainer.samples import Sample
@@ -185,7 +184,7 @@ class Learner:
         measures: dict[str, list[float]] = {}
         for micro in batches.micro_batches(samples, budget):
             if stop():
-                raise Stopped
+                raise runtime.Stopped
             batch = batches.collate(micro, given).to(self._engine.device)
             with self._recomputing(batch.tokens > budget):
                 found = objective.loss(self._model, batch, constants)

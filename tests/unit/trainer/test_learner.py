@@ -15,10 +15,11 @@ from thumbwheel import errors
 from thumbwheel.v1.rollout_pb2 import ModelRole
 from trainer import batch, losses, models
 from trainer.config import TrainerSettings
-from trainer.inference import Stopped, reference_logprobs
+from trainer.inference import reference_logprobs
 from trainer.learner import Learner, StepReport
 from trainer.losses.base import PerSample
 from trainer.losses.mixture import Mixture
+from trainer.runtime import Stopped
 from trainer.samples import Sample
 
 pytestmark = pytest.mark.usefixtures("one_rank")
