@@ -50,7 +50,7 @@ def test_a_pair_comes_with_its_prompt_or_with_what_both_begin_with(encoder: Reco
 def test_messages_are_seen_as_the_chat_template_says(encoder: RecordEncoder, ids: Any) -> None:
     prompt = (1, *ids("user\nhi"), EOS, *ids("\n"), 1, *ids("assistant\n"))
     expected = Pair(id="file.jsonl:7", prompt=prompt, chosen=(*ids("b"), EOS), rejected=(*ids("c"), EOS))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"prompt": [USER], "chosen": answer("b"), "rejected": answer("c")},
         {"chosen": [USER, *answer("b")], "rejected": [USER, *answer("c")]},
         {"prompt": [USER], "chosen": "b", "rejected": "c"},
@@ -133,7 +133,7 @@ GROUP = {"prompt": "p", "responses": ["a", "b"], "rewards": [1, 2]}
         (GROUP | {"logprobs": [[-1.0]]}, r"f:3: logprobs: is .*. Give 2 lists"),
         (
             GROUP | {"logprobs": [[-1.0], [-1.0]]},
-            r"logprobs\[0\]: has 1 numbers, .* Give the response as the token ids",
+            r"logprobs\[0\]: has 1 numbers, .* Give the response as the",
         ),
         (GROUP | {"responses": [[1], [2]], "logprobs": [[0.5], [0]]}, r"logprobs\[0\]: is no list of numbers up to 0"),
         (GROUP | {"responses": [[1], [2]], "logprobs": [[-1, -1], [0]]}, r"logprobs\[0\]: has 2 numbers"),

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit.trainer.samples import make_sample, make_samples, with_sums
+from tests.unit.trainer.samples import (
+    make_demonstrations,
+    make_groups,
+    make_sample,
+    make_samples,
+    make_thumbs,
+    with_sums,
+)
 from thumbwheel import errors
 from thumbwheel.v1.rollout_pb2 import ModelRole
 from trainer import batch, losses, models
@@ -189,4 +196,99 @@ def test_being_stopped_gives_the_round_up(policy_path: Path) -> None:
     with pytest.raises(Stopped):
         learner.learn(samples, with_sums(samples, -40.0, -42.0), round_number=1, stop=stop)
     assert learner.steps_done < 2
+    learner.close()
+
+
+def mixture(text: str, settings: TrainerSettings) -> Mixture:
+    return losses.objective(text, POLICY, settings)
+
+
+def learn(text: str, samples: Sequence[Sample], path: Path, **changes: object) -> tuple[list[StepReport], Learner]:
+    settings = settings_with(**changes)
+    objective = mixture(text, settings)
+    wanted = objective.referenced(samples)
+    reference = reference_logprobs(path, wanted, max_tokens=80) if wanted else {}
+    learner = Learner(objective, path, settings, learning_rate=1e-3)
+    reports: list[StepReport] = []
+    learner.learn(samples, reference, round_number=1, on_step=reports.append)
+    return reports, learner
+
+
+@pytest.mark.parametrize("text", ["kto", "ppo", "grpo", "sft", "dpo+0.5*kto+0.1*sft"])
+def test_every_objective_lowers_its_loss(text: str, policy_path: Path) -> None:
+    samples: list[Sample] = [*make_samples(4), *make_thumbs(6), *make_demonstrations(4), *make_groups(4)]
+    reports, learner = learn(text, samples, policy_path, epochs=8, batch_size=24, micro_batch_tokens=400)
+    learner.close()
+    assert reports[-1].loss < reports[0].loss - 0.02
+    if text == "kto":
+        assert reports[-1].measures["chosen_reward"] > reports[-1].measures["rejected_reward"]
+    if text == "grpo":
+        # At first nothing has moved, so nothing is clipped.
+        assert reports[0].measures["clip_fraction"] == 0.0
+        assert reports[-1].measures["clip_fraction"] > 0.0
+
+
+def test_a_mixture_is_the_sum_of_its_terms(policy_path: Path) -> None:
+    """By its loss, which is exact, and by its gradient: with a weight of zero in the limit, the other's alone."""
+    samples: list[Sample] = [*make_samples(4), *make_demonstrations(3)]
+    found = {}
+    for text in ("dpo", "sft", "dpo+0.5*sft", "dpo+1e-6*sft", "1e-6*dpo+sft"):
+        (report,), learner = learn(text, samples, policy_path, batch_size=8, micro_batch_tokens=400)
+        learner.close()
+        found[text] = report
+    assert found["dpo+0.5*sft"].loss == pytest.approx(found["dpo"].loss + 0.5 * found["sft"].loss, rel=1e-5)
+    assert found["dpo+0.5*sft"].measures["sft_loss"] == pytest.approx(found["sft"].loss, rel=1e-5)
+    assert found["dpo+1e-6*sft"].grad_norm == pytest.approx(found["dpo"].grad_norm, rel=0.02)
+    assert found["1e-6*dpo+sft"].grad_norm == pytest.approx(found["sft"].grad_norm, rel=0.02)
+
+
+@pytest.mark.parametrize("text", ["ppo", "grpo", "rloo"])
+def test_rollouts_over_several_rows_have_the_gradient_of_one(text: str, policy_path: Path) -> None:
+    norms = []
+    for tokens in (1, 60, 10_000):
+        (report,), learner = learn(text, make_groups(3), policy_path, batch_size=4, micro_batch_tokens=tokens)
+        learner.close()
+        norms.append(report.grad_norm)
+    assert norms[1:] == pytest.approx(norms[:1] * 2, rel=0.03)
+
+
+def test_ppo_goes_on_bit_for_bit_with_its_critic_and_its_kl_weight(policy_path: Path, tmp_path: Path) -> None:
+    settings = settings_with(kl_target=0.5, kl_horizon=10, critic_warmup_steps=1, batch_size=2, micro_batch_tokens=400)
+    objective, rounds = mixture("ppo", settings), (make_groups(4)[:2], make_groups(4)[2:])
+    reference = reference_logprobs(policy_path, make_groups(4), max_tokens=400)
+
+    def start(steps_done: int = 0) -> Learner:
+        return Learner(objective, policy_path, settings, learning_rate=1e-3, steps_done=steps_done)
+
+    straight = start()
+    before = weights(straight, tmp_path / "before")
+    first = straight.learn(rounds[0], reference, round_number=1)
+    after = weights(straight, tmp_path / "after")
+    # While the critic warms up, the policy stays as it is.
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    straight.save(tmp_path / "checkpoint")
+    second = straight.learn(rounds[1], reference, round_number=2)
+    expected = weights(straight, tmp_path / "straight")
+    straight.close()
+    assert first["kl_weight"] == 0.05
+    # KL was zero, so e is −0.2, over 8 responses of a horizon of 10.
+    assert second["kl_weight"] == pytest.approx(0.05 * (1 - 0.2 * 8 / 10))
+
+    resumed = start(steps_done=1)
+    resumed.restore(tmp_path / "checkpoint")
+    again = resumed.learn(rounds[1], reference, round_number=2)
+    found = weights(resumed, tmp_path / "resumed")
+    resumed.close()
+    assert {k: v for k, v in again.items() if k != "learn_seconds"} == {
+        k: v for k, v in second.items() if k != "learn_seconds"
+    }
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert not all(torch.equal(expected[name], before[name]) for name in expected)
+
+
+def test_samples_of_no_use_are_an_error(policy_path: Path) -> None:
+    settings = settings_with()
+    learner = Learner(mixture("kto", settings), policy_path, settings, learning_rate=1e-3)
+    with pytest.raises(errors.FailedPrecondition, match="None of the samples is of a kind that kto learns from"):
+        learner.learn(make_samples(2), {}, round_number=1)
     learner.close()
