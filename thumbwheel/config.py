@@ -34,8 +34,8 @@ Address = Annotated[str, AfterValidator(_checked_addresses)]
 """An address as "host:port"."""
 
 
-class Settings(BaseSettings):
-    """What every process needs to know."""
+class CommandSettings(BaseSettings):
+    """Settings of a command that ends by itself."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -48,6 +48,23 @@ class Settings(BaseSettings):
         cli_avoid_json=True,
         validate_default=True,
     )
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe messages to log."""
+
+    @classmethod
+    def from_command_line(cls, argv: Sequence[str] | None = None, *, prog: str, description: str = "") -> Self:
+        """Reads flags, then variables, then defaults. Ends the process with a clear message where a value is wrong."""
+        source = type(cls.__name__, (cls,), {"__doc__": description or cls.__doc__, "__module__": cls.__module__})
+        try:
+            settings: Self = source(_cli_parse_args=list(sys.argv[1:] if argv is None else argv), _cli_prog_name=prog)
+            return settings
+        except ValidationError as error:
+            _explain(error, prog)
+
+
+class Settings(CommandSettings):
+    """What every process needs to know."""
 
     home: Path = Field(default_factory=lambda: user_data_path("thumbwheel"))
     """Folder with all state of this deployment: keys, versions, database, training checkpoints, logs."""
@@ -67,9 +84,6 @@ class Settings(BaseSettings):
     topic_replication: int = Field(default=1, ge=1)
     """Replicas of a topic that is created because it is missing."""
 
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severe messages to log."""
-
     @property
     def keys_path(self) -> Path:
         """Folder of the signing keys."""
@@ -80,22 +94,13 @@ class Settings(BaseSettings):
         """Folder of the published versions."""
         return self.home / "store"
 
-    @classmethod
-    def from_command_line(cls, argv: Sequence[str] | None = None, *, prog: str, description: str = "") -> Self:
-        """Reads flags, then variables, then defaults. Ends the process with a clear message where a value is wrong."""
-        source = type(cls.__name__, (cls,), {"__doc__": description or cls.__doc__, "__module__": cls.__module__})
-        try:
-            settings: Self = source(_cli_parse_args=list(sys.argv[1:] if argv is None else argv), _cli_prog_name=prog)
-            return settings
-        except ValidationError as error:
-            _explain(error, prog)
-
 
 def _explain(error: ValidationError, prog: str) -> NoReturn:
     for problem in error.errors():
         field = ".".join(str(part) for part in problem["loc"])
         flag = "--" + field.replace("_", "-")
         message = f"{prog}: {flag} (or THUMBWHEEL_{field.upper()}): {problem['msg']}"
-        print(f"{message}; it is {problem['input']!r}.", file=sys.stderr)
+        found = "" if problem["type"] == "missing" else f"; it is {problem['input']!r}"
+        print(f"{message}{found}.", file=sys.stderr)
     print(f"See `{prog} --help`.", file=sys.stderr)
     raise SystemExit(2)

@@ -1,4 +1,4 @@
-"""`python -m trainer`, or `torchrun -m trainer`: the trainer."""
+"""`python -m trainer`, or `torchrun -m trainer`: the trainer. With `--data FILE` it learns from a file and ends."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import logging
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from thumbwheel import errors, telemetry
 from trainer import runtime
-from trainer.config import TrainerSettings
+from trainer.config import LearningSettings, OfflineSettings, TrainerSettings
 
 if TYPE_CHECKING:
     from thumbwheel.auth import ManifestSigner
@@ -74,15 +75,38 @@ def _ensure_base(settings: TrainerSettings, store: LocalStore, signer: ManifestS
     publish.ensure_base(base.fetch(settings.base_model or None, progress=sys.stderr.isatty()), store, signer)
 
 
+def _from_file(arguments: Sequence[str]) -> bool:
+    """Whether `--data FILE` is among them."""
+    return any(argument.partition("=")[0] == "--data" for argument in arguments)
+
+
+def _run(stop: threading.Event) -> None:
+    parsed: LearningSettings
+    if _from_file(sys.argv[1:]):
+        parsed = OfflineSettings.from_command_line(prog="python -m trainer")
+        telemetry.setup_logging("trainer", parsed.log_level)
+        runtime.before_imports()
+        from trainer import offline
+
+        try:
+            offline.run(parsed, stop.is_set)
+        except runtime.Stopped:
+            raise SystemExit("Stopped: nothing was written.") from None
+        except errors.ThumbwheelError as error:
+            raise SystemExit(f"python -m trainer: {error}") from None
+    else:
+        parsed = TrainerSettings.from_command_line(prog="python -m trainer")
+        telemetry.setup_logging("trainer", parsed.log_level)
+        runtime.before_imports()
+        main(parsed, stop)
+
+
 if __name__ == "__main__":
-    parsed = TrainerSettings.from_command_line(prog="python -m trainer")
-    telemetry.setup_logging("trainer", parsed.log_level)
     asked_to_stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked_to_stop.set())
-    runtime.before_imports()
     try:
-        main(parsed, asked_to_stop)
+        _run(asked_to_stop)
     except errors.ThumbwheelError as error:
         logger.critical("%s", error)
         raise SystemExit(1) from None

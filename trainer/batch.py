@@ -1,10 +1,10 @@
-"""From samples to tensors: steps of a round, micro-batches of one length, rows in which a pair shares its prompt.
+"""From samples to tensors: steps of a round, micro-batches of one length, rows in which responses share their prompt.
 
-    a row:        prompt ······ chosen ······ rejected ······ padding
-    positions:    0 … P−1       P …           P …
-    attention:    causal, but `rejected` does not see `chosen`
+    a row:        prompt ······ response ······ response ······ padding
+    positions:    0 … P−1       P …             P …
+    attention:    causal, but no response sees another
 
-So each prompt is computed once for both responses, and every number equals that of two separate sequences.
+So each prompt is computed once for all of its responses, and every number equals that of separate sequences.
 """
 
 from __future__ import annotations
@@ -12,18 +12,55 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from trainer.buffer import Sample
+from trainer.samples import Group, Kind, Sample
+
+PerToken = Mapping[str, Mapping[str, Tensor]]
+"""Numbers that go with response tokens: by their name and by sample id, [T] for the T response tokens of the sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A sample's prompt and some of its responses: all of them, but where they are too many for one row."""
+
+    sample: Sample
+    first: int
+    """Index of its first response."""
+    last: int
+    """Index after its last response."""
+
+    @property
+    def responses(self) -> tuple[tuple[int, ...], ...]:
+        """The responses in it."""
+        return self.sample.responses[self.first : self.last]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt and of the responses in it."""
+        return len(self.sample.prompt) + sum(map(len, self.responses))
+
+    @property
+    def span(self) -> slice:
+        """Where its response tokens are among those of the sample."""
+        lengths = [len(response) for response in self.sample.responses[: self.last]]
+        return slice(sum(lengths[: self.first]), sum(lengths))
 
 
 @dataclass(frozen=True)
-class PairBatch:
-    """B pairs in rows of L tokens with N response tokens. Sequence i is chosen of pair i, B + i is rejected of it."""
+class Batch:
+    """B rows of L tokens, with S sequences (a prompt and one response) that have N response tokens.
+
+    Sequences and response tokens are in the order of the rows: of a batch of pairs, 2i is chosen of pair i and 2i + 1
+    is rejected of it.
+    """
+
+    rows: tuple[Row, ...]
+    """What the B rows hold."""
 
     input_ids: Tensor
     """[B, L] token ids."""
@@ -44,24 +81,41 @@ class PairBatch:
     """[N] the sequence that each belongs to."""
 
     last_tokens: Tensor
-    """[2B] indices into B·L of the last token of every sequence."""
+    """[S] indices into B·L of the last token of every sequence."""
+
+    lengths: Tensor
+    """[S] response tokens of every sequence, as float32."""
 
     weights: Tensor
-    """[B] weights of the samples."""
+    """[S] weights of the samples that the sequences are of."""
+
+    given: Mapping[str, Tensor] = field(default_factory=dict)
+    """[N] what else is known of every response token, by name."""
 
     @property
-    def pairs(self) -> int:
-        """B."""
-        return self.input_ids.shape[0]
+    def sequences(self) -> int:
+        """S."""
+        return self.last_tokens.shape[0]
 
     @property
     def tokens(self) -> int:
         """B·L, padding included."""
         return self.input_ids.numel()
 
-    def to(self, device: torch.device) -> PairBatch:
+    def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
-        return PairBatch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        given = {name: tensor.to(device) for name, tensor in self.given.items()}
+        return Batch(rows=self.rows, given=given, **tensors)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """[S] sums over the tokens of every sequence, of `values` [N]."""
+        zeros = torch.zeros(self.sequences, dtype=values.dtype, device=values.device)
+        return zeros.index_add(0, self.owners, values)
+
+    def means(self, values: Tensor) -> Tensor:
+        """[S] means over the tokens of every sequence, of `values` [N]."""
+        return self.sums(values) / self.lengths
 
 
 def steps(
@@ -69,63 +123,104 @@ def steps(
 ) -> list[list[Sample]]:
     """Shuffles a round and divides it into optimizer steps of at most `batch_size` samples, as even as can be.
 
-    The order depends on the arguments alone: a round that is run again runs the same.
+    Samples of different kinds are spread evenly over the steps. The order depends on the arguments alone: a round that
+    is run again runs the same.
     """
-    shuffled = sorted(samples, key=lambda sample: sample.id)
-    random.Random(f"{seed}/{round_number}/{epoch}").shuffle(shuffled)
+    kinds: dict[Kind, list[Sample]] = {}
+    for sample in sorted(samples, key=lambda sample: sample.id):
+        kinds.setdefault(type(sample), []).append(sample)
+    places: list[tuple[float, str, Sample]] = []
+    for kind, members in kinds.items():
+        random.Random(f"{seed}/{round_number}/{epoch}").shuffle(members)
+        places += [((index + 0.5) / len(members), kind.__name__, sample) for index, sample in enumerate(members)]
+    shuffled = [sample for *_, sample in sorted(places, key=lambda place: place[:2])]
     count = math.ceil(len(shuffled) / batch_size)
     bounds = [len(shuffled) * index // count for index in range(count + 1)] if count else []
     return [shuffled[start:end] for start, end in itertools.pairwise(bounds)]
 
 
-def micro_batches(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
+def whole(samples: Iterable[Sample]) -> list[Row]:
+    """A row for each sample, with all of its responses."""
+    return [Row(sample, 0, len(sample.responses)) for sample in samples]
+
+
+def micro_batches(samples: Iterable[Sample], max_tokens: int) -> list[list[Row]]:
     """Groups samples of similar length, so that rows times longest row is at most `max_tokens`.
 
-    A sample that is longer than that by itself gets a micro-batch of its own.
+    Rollouts that do not fit into one row are spread over several; a pair stays together, since its loss is one. A row
+    that is too long by itself gets a micro-batch of its own.
     """
-    groups: list[list[Sample]] = []
-    for sample in sorted(samples, key=lambda sample: (sample.tokens, sample.id), reverse=True):
+    rows = [part for row in whole(samples) for part in _parts(row, max_tokens)]
+    groups: list[list[Row]] = []
+    longest = 0
+    for tokens, row in sorted(
+        ((row.tokens, row) for row in rows), key=lambda item: (item[0], item[1].sample.id, item[1].first), reverse=True
+    ):
         # Longest first: the first of a group is as long as its rows will be.
-        if groups and (len(groups[-1]) + 1) * groups[-1][0].tokens <= max_tokens:
-            groups[-1].append(sample)
+        if groups and (len(groups[-1]) + 1) * longest <= max_tokens:
+            groups[-1].append(row)
         else:
-            groups.append([sample])
+            groups.append([row])
+            longest = tokens
     return groups
 
 
-def collate(samples: Sequence[Sample]) -> PairBatch:
-    """Lays out samples in rows that share their prompt."""
-    rows, length = len(samples), max(sample.tokens for sample in samples)
-    input_ids = torch.zeros(rows, length, dtype=torch.long)
-    position_ids = torch.zeros(rows, length, dtype=torch.long)
+def _parts(row: Row, max_tokens: int) -> list[Row]:
+    if not isinstance(row.sample, Group) or row.tokens <= max_tokens:
+        return [row]
+    parts, first, taken = [], 0, 0
+    for index, response in enumerate(row.sample.responses):
+        if index > first and len(row.sample.prompt) + taken + len(response) > max_tokens:
+            parts.append(Row(row.sample, first, index))
+            first, taken = index, 0
+        taken += len(response)
+    return [*parts, Row(row.sample, first, row.last)]
+
+
+def collate(rows: Sequence[Row], given: PerToken | None = None) -> Batch:
+    """Lays out rows whose responses share their prompt. `given` has the samples' numbers that go with the tokens."""
+    count, length = len(rows), max(row.tokens for row in rows)
+    input_ids = torch.zeros(count, length, dtype=torch.long)
+    position_ids = torch.zeros(count, length, dtype=torch.long)
     # Padding is on the right, where no real token looks; a padded query sees itself, so that no row of scores is empty.
-    mask = torch.ones(length, length, dtype=torch.bool).tril().repeat(rows, 1, 1, 1)
+    mask = torch.ones(length, length, dtype=torch.bool).tril().repeat(count, 1, 1, 1)
     predictors: list[int] = []
     targets: list[int] = []
-    owners: list[int] = []
-    last_tokens = [0] * (2 * rows)
-    for row, sample in enumerate(samples):
-        prompt, chosen, rejected = len(sample.prompt), len(sample.chosen), len(sample.rejected)
-        assert min(prompt, chosen, rejected) > 0, "ingest lets no empty part through"
-        split, end = prompt + chosen, sample.tokens
-        input_ids[row, :end] = torch.tensor(sample.prompt + sample.chosen + sample.rejected)
-        position_ids[row, :split] = torch.arange(split)
-        position_ids[row, split:end] = torch.arange(prompt, prompt + rejected)
-        mask[row, 0, split:end, prompt:split] = False
-        # The last prompt token predicts the first token of both responses.
-        before = row * length + prompt - 1
-        predictors += range(before, before + chosen)
-        predictors += [before, *range(row * length + split, row * length + end - 1)]
-        targets += sample.chosen + sample.rejected
-        owners += [row] * chosen + [rows + row] * rejected
-        last_tokens[row], last_tokens[rows + row] = row * length + split - 1, row * length + end - 1
-    return PairBatch(
+    lengths: list[int] = []
+    last_tokens: list[int] = []
+    for number, row in enumerate(rows):
+        prompt, start = len(row.sample.prompt), number * length
+        ids, positions = list(row.sample.prompt), list(range(prompt))
+        assert prompt, "what comes in is checked for empty parts"
+        for response in row.responses:
+            assert response, "what comes in is checked for empty parts"
+            begin, end = len(ids), len(ids) + len(response)
+            ids += response
+            positions += range(prompt, prompt + len(response))
+            mask[number, 0, begin:end, prompt:begin] = False
+            # The last prompt token predicts the first token of each response.
+            predictors += [start + prompt - 1, *range(start + begin, start + end - 1)]
+            targets += response
+            lengths.append(len(response))
+            last_tokens.append(start + end - 1)
+        input_ids[number, : len(ids)] = torch.tensor(ids)
+        position_ids[number, : len(ids)] = torch.tensor(positions)
+    sizes = torch.tensor(lengths)
+    weights = torch.tensor([row.sample.weight for row in rows for _ in row.responses], dtype=torch.float32)
+    return Batch(
+        rows=tuple(rows),
         input_ids=input_ids,
         position_ids=position_ids,
         attention_mask=mask,
         predictors=torch.tensor(predictors),
         targets=torch.tensor(targets),
-        owners=torch.tensor(owners),
+        owners=torch.arange(len(lengths)).repeat_interleave(sizes),
         last_tokens=torch.tensor(last_tokens),
-        weights=torch.tensor([sample.weight for sample in samples], dtype=torch.float32),
+        lengths=sizes.float(),
+        weights=weights,
+        given={
+            name: torch.cat([values[row.sample.id][row.span] for row in rows])
+            for name, values in (given or {}).items()
+            if all(row.sample.id in values for row in rows)
+        },
     )

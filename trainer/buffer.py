@@ -2,47 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from thumbwheel import errors
+from trainer import samples
+from trainer.samples import Sample
 
 PENDING = "pending.jsonl"
 LEARNT = "learnt.txt"
 RETRACTED = "retracted.txt"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Sample:
-    """A comparison in tokens."""
-
-    id: str
-    """The comparison's id."""
-
-    prompt: tuple[int, ...]
-    """Token ids of the prompt, left-truncated where it was too long."""
-
-    chosen: tuple[int, ...]
-    """Token ids of the better response."""
-
-    rejected: tuple[int, ...]
-    """Token ids of the worse response."""
-
-    weight: float
-    """Weight in the loss."""
-
-    received_at: float
-    """When the last of its votes was committed, in seconds since the epoch."""
-
-    versions: tuple[str, ...] = ()
-    """The policy versions that wrote the responses; none where people did."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of prompt and both responses."""
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
 class Buffer:
@@ -97,7 +67,7 @@ class Buffer:
 
     def save(self, folder: Path) -> None:
         """Writes everything into `folder`."""
-        lines = (json.dumps(dataclasses.asdict(sample), separators=(",", ":")) for sample in self._pending.values())
+        lines = (json.dumps(samples.to_fields(sample), separators=(",", ":")) for sample in self._pending.values())
         _write_lines(folder / PENDING, lines)
         _write_lines(folder / LEARNT, sorted(self._learnt))
         _write_lines(folder / RETRACTED, sorted(self._retracted))
@@ -108,10 +78,7 @@ class Buffer:
         buffer = cls()
         try:
             for line in (folder / PENDING).read_text().splitlines():
-                fields = json.loads(line)
-                for name in ("prompt", "chosen", "rejected", "versions"):
-                    fields[name] = tuple(fields[name])
-                buffer.add(Sample(**fields), now)
+                buffer.add(samples.from_fields(json.loads(line)), now)
             buffer._learnt.update((folder / LEARNT).read_text().split())
             buffer._retracted.update((folder / RETRACTED).read_text().split())
         except (OSError, ValueError, TypeError, KeyError) as error:

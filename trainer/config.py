@@ -8,64 +8,74 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode
 
-from thumbwheel.config import Address, Settings
+from thumbwheel.config import Address, CommandSettings, Settings
 
 TaskName = Literal["policy", "reward"]
 
 
-class TrainerSettings(Settings):
-    """Learns from comparisons for ever, and publishes new versions of the policy and of the reward model."""
-
-    listen: Address = "127.0.0.1:50054"
-    """Address of gRPC health; port 0 takes any free one."""
-
-    metrics_port: int = Field(default=9104, ge=0, le=65535)
-    """Port of the Prometheus metrics, on the same host as `listen`."""
-
-    tasks: Annotated[tuple[TaskName, ...], NoDecode] = ("policy", "reward")
-    """What to train, separated by commas. With more than one they take turns, and only one is in memory at a time."""
-
-    base_model: str = ""
-    """Model that both roles begin from, where the store has none yet: a folder or a Hugging Face id."""
-
-    init_only: bool = False
-    """Publish the base model as version 0 of both roles where there is none, and end."""
-
-    round_size: int = Field(default=48, ge=1)
-    """A round starts as soon as so many comparisons wait; it learns from so many, the oldest first."""
-
-    min_round_size: int = Field(default=8, ge=1)
-    """Fewer comparisons than this start no round, however long they wait (unless `round_size` is smaller)."""
-
-    max_wait_seconds: float = Field(default=60.0, ge=0)
-    """With at least `min_round_size`, a round starts once the oldest has waited so long."""
+class LearningSettings(CommandSettings):
+    """How to learn, wherever the samples come from."""
 
     epochs: int = Field(default=1, ge=1)
-    """Passes over the comparisons of a round."""
+    """Passes over the samples of a round."""
 
     batch_size: int = Field(default=8, ge=1)
-    """Comparisons an optimizer step, at the most; a round is divided into steps as even as can be."""
-
-    policy_objective: str = "dpo"
-    """Objective of the task `policy`, by its name in `trainer/losses`."""
-
-    reward_objective: str = "reward"
-    """Objective of the task `reward`, by its name in `trainer/losses`."""
-
-    policy_learning_rate: float = Field(default=1e-6, gt=0)
-    """Learning rate of the policy."""
-
-    reward_learning_rate: float = Field(default=1e-5, gt=0)
-    """Learning rate of the reward model."""
+    """Samples an optimizer step, at the most; a round is divided into steps as even as can be. The rollouts of one
+    prompt are one sample."""
 
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps over which the learning rate rises to its value; it is constant afterwards."""
 
     beta: float = Field(default=0.1, gt=0)
-    """Weight of the KL term that keeps the policy near its reference."""
+    """How strongly the preferences (DPO's family, KTO) are held near the reference; larger is nearer."""
+
+    label_smoothing: float = Field(default=0.1, ge=0, lt=0.5)
+    """Share of comparisons taken to be the wrong way round, by `cdpo` and `robust`."""
 
     nll_weight: float = Field(default=0.0, ge=0)
-    """Weight of the chosen responses' own likelihood beside `dpo`; needed where much is learnt from few comparisons."""
+    """Weight of the chosen responses' likelihood beside a loss of DPO's family (RPO's α)."""
+
+    kl_weight: float = Field(default=0.05, ge=0)
+    """Weight of the KL to the reference in `ppo`, `grpo` and `rloo`; 0 leaves it out."""
+
+    kl_target: float = Field(default=0.0, ge=0)
+    """KL a response, in nats, that `ppo` adapts its weight to; 0 keeps the weight as it is."""
+
+    kl_horizon: int = Field(default=10_000, ge=1)
+    """Responses over which `ppo` adapts that weight; larger is slower."""
+
+    clip_range: float = Field(default=0.2, gt=0, lt=1)
+    """How far the ratio of new to old probability may count, in `ppo`, `grpo` and `rloo`."""
+
+    value_clip_range: float = Field(default=0.2, gt=0)
+    """How far a critic's value may move from its old one and count, in `ppo`."""
+
+    discount: float = Field(default=1.0, gt=0, le=1)
+    """γ of `ppo`."""
+
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """λ of generalised advantage estimation in `ppo`."""
+
+    missing_eos_penalty: float = Field(default=0.0, ge=0)
+    """Taken off the reward of a response that was cut at the length limit, in `ppo`, `grpo` and `rloo`."""
+
+    reference_baseline: bool = True
+    """Take the score of the reference's response off the reward, where a prompt has one. Matters in `ppo`."""
+
+    critic_model: str = ""
+    """Folder of the reward model that `ppo`'s critic begins from; without one, a zero head on the policy's body."""
+
+    critic_learning_rate: float = Field(default=9e-6, gt=0)
+    """Learning rate of the critic."""
+
+    critic_warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps in which the critic learns alone."""
+
+    importance_min: float = Field(default=0.5, ge=0, le=1)
+    """Least weight of a token for being likelier now than when it was served, or less so."""
+
+    importance_max: float = Field(default=5.0, ge=1)
+    """Greatest weight of such a token."""
 
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of AdamW."""
@@ -97,6 +107,49 @@ class TrainerSettings(Settings):
     threads: int = Field(default=0, ge=0)
     """Threads to compute with; 0 leaves it to OMP_NUM_THREADS, or else to the number of cores."""
 
+
+class TrainerSettings(LearningSettings, Settings):
+    """Learns from comparisons for ever, and publishes new versions of the policy and of the reward model.
+
+    With `--data FILE` it learns from a file instead: see `python -m trainer --data FILE --help`.
+    """
+
+    listen: Address = "127.0.0.1:50054"
+    """Address of gRPC health; port 0 takes any free one."""
+
+    metrics_port: int = Field(default=9104, ge=0, le=65535)
+    """Port of the Prometheus metrics, on the same host as `listen`."""
+
+    tasks: Annotated[tuple[TaskName, ...], NoDecode] = ("policy", "reward")
+    """What to train, separated by commas. With more than one they take turns, and only one is in memory at a time."""
+
+    base_model: str = ""
+    """Model that both roles begin from, where the store has none yet: a folder or a Hugging Face id."""
+
+    init_only: bool = False
+    """Publish the base model as version 0 of both roles where there is none, and end."""
+
+    round_size: int = Field(default=48, ge=1)
+    """A round starts as soon as so many comparisons wait; it learns from so many, the oldest first."""
+
+    min_round_size: int = Field(default=8, ge=1)
+    """Fewer comparisons than this start no round, however long they wait (unless `round_size` is smaller)."""
+
+    max_wait_seconds: float = Field(default=60.0, ge=0)
+    """With at least `min_round_size`, a round starts once the oldest has waited so long."""
+
+    policy_objective: str = "dpo"
+    """Objective of the task `policy`, by its name in `trainer/losses`, or a mixture such as `dpo+0.1*sft`."""
+
+    reward_objective: str = "reward"
+    """Objective of the task `reward`, by its name in `trainer/losses`."""
+
+    policy_learning_rate: float = Field(default=1e-6, gt=0)
+    """Learning rate of the policy."""
+
+    reward_learning_rate: float = Field(default=1e-5, gt=0)
+    """Learning rate of the reward model."""
+
     keep_checkpoints: int = Field(default=2, ge=1)
     """Training checkpoints kept a task."""
 
@@ -127,3 +180,39 @@ class TrainerSettings(Settings):
         if not value or len(set(value)) != len(value):
             raise ValueError("name each of policy and reward at most once, and at least one of them")
         return value
+
+
+class OfflineSettings(LearningSettings):
+    """Learns from a file once, and writes the model into a folder.
+
+    Each line of the file is a JSON object in one of TRL's formats: {prompt, chosen, rejected}, {prompt, completion,
+    label}, {prompt, completion}, {messages}, each as text or as lists of messages; or, for ppo, grpo and rloo,
+    {prompt, responses, rewards} with logprobs, finished and reference_reward where they are known.
+    """
+
+    data: Path
+    """The file, one JSON object a line."""
+
+    objective: str
+    """What to learn by: a name in `trainer/losses`, or a mixture such as `dpo+0.1*sft`."""
+
+    base_model: str = ""
+    """Model to begin from, also the reference: a folder or a Hugging Face id; without one, the default model."""
+
+    output: Path | None = None
+    """Folder for the model; it must not be there yet. Without one, it is named after file and objective, beside it."""
+
+    learning_rate: float = Field(default=1e-6, gt=0)
+    """Learning rate of the model."""
+
+    limit: int = Field(default=0, ge=0)
+    """Read only so many lines; 0 reads all."""
+
+    dry_run: bool = False
+    """Say what would be learnt from what, and end."""
+
+    @property
+    def output_path(self) -> Path:
+        """Where the model goes."""
+        name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in self.objective)
+        return self.output or self.data.with_name(f"{self.data.stem}-{name}")

@@ -16,7 +16,8 @@ from thumbwheel.stream import deadletter, topics
 from thumbwheel.stream.log import Log, Producer, Record, TopicPartition
 from thumbwheel.v1.events_pb2 import ComparedResponse, ComparisonEvent, ComparisonState
 from trainer import metrics
-from trainer.buffer import Buffer, Sample
+from trainer.buffer import Buffer
+from trainer.samples import Pair
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Encoder:
                 f"{path}: the tokenizer has no end-of-text token.", remedy="Set eos_token in tokenizer_config.json."
             )
 
-    def encode(self, event: ComparisonEvent) -> Sample:
+    def encode(self, event: ComparisonEvent) -> Pair:
         """The sample of an accepted comparison. Raises `errors.InvalidArgument` naming the field that is wrong."""
         if not event.prompt_token_ids:
             raise errors.InvalidArgument("is empty.", field="prompt_token_ids")
@@ -63,7 +64,7 @@ class Encoder:
                 remedy="Raise --max-length.",
             )
         spans = (*event.chosen.spans, *event.rejected.spans)
-        return Sample(
+        return Pair(
             id=event.comparison_id,
             prompt=tuple(event.prompt_token_ids[-room:]),
             chosen=chosen,

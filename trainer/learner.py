@@ -1,6 +1,6 @@
 """The learner: a model, its optimizer and an objective on DeepSpeed. bf16 weights, fp32 master weights.
 
-    samples ─▶ steps ─▶ micro-batches ─▶ loss ─▶ gradients, added up in fp32 ─▶ clip ─▶ AdamW
+    samples ─▶ prepared, without gradient ─▶ steps ─▶ micro-batches ─▶ loss ─▶ gradients, added up in fp32 ─▶ AdamW
 
 A learner knows nothing of streams and versions. It is made, saved to and restored from a folder, and closed.
 """
@@ -8,6 +8,7 @@ A learner knows nothing of streams and versions. It is made, saved to and restor
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,22 +23,16 @@ from torch import Tensor
 
 from thumbwheel import errors
 from trainer import batch as batches
-from trainer import models, runtime
-from trainer.buffer import Sample
-from trainer.config import TrainerSettings
-from trainer.losses import Objective
+from trainer import inference, models, runtime
+from trainer.batch import Batch
+from trainer.config import LearningSettings
+from trainer.losses.base import Objective, PerSample, Prepared, Round, units
+from trainer.losses.mixture import Mixture, Term
+from trainer.samples import Sample
 
 _TAG = "deepspeed"
 _RANDOM = "random.safetensors"
-_REFERENCE_FACTOR = 2
-"""Without gradients, so many times the tokens fit."""
-
-Reference = Mapping[str, tuple[float, float]]
-"""Log-probabilities of chosen and rejected under the reference model, by sample id."""
-
-
-class Stopped(Exception):
-    """The process was asked to stop while it learnt. What was begun is given up; nothing of it is kept."""
+_OBJECTIVES = "objectives.json"
 
 
 @dataclass(frozen=True)
@@ -50,13 +45,15 @@ class StepReport:
     """In this round."""
     samples: int
     loss: float
-    """Mean over the samples, before the step, as all that follow."""
-    margin: float
-    accuracy: float
-    chosen_reward: float
-    rejected_reward: float
+    """Weighted sum of the objectives' means, before the step, as all that follow."""
     grad_norm: float
     """Before clipping."""
+    measures: Mapping[str, float]
+    """What the objectives measured, such as `margin`; and the loss of each, where there are several."""
+
+    def numbers(self) -> dict[str, float]:
+        """Everything that can be averaged over steps."""
+        return {"loss": self.loss, **self.measures, "grad_norm": self.grad_norm}
 
 
 class Learner:
@@ -64,22 +61,22 @@ class Learner:
 
     def __init__(
         self,
-        objective: Objective,
+        objective: Mixture,
         path: Path,
-        settings: TrainerSettings,
+        settings: LearningSettings,
         *,
         learning_rate: float,
         steps_done: int = 0,
     ) -> None:
         self._objective = objective
         self._settings = settings
-        self._learning_rate = learning_rate
         self.steps_done = steps_done
         """Optimizer steps since the base model."""
+        self._states = {term.objective.name: term.objective.initial_state() for term in objective.terms}
         model = objective.load(path)
+        self._groups = objective.parameter_groups(model, learning_rate)
         optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=learning_rate,
+            [{"params": group.parameters, "lr": group.learning_rate} for group in self._groups],
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon,
             weight_decay=settings.weight_decay,
@@ -91,18 +88,26 @@ class Learner:
     def learn(
         self,
         samples: Sequence[Sample],
-        reference: Reference,
+        reference: PerSample,
         *,
         round_number: int,
         stop: Callable[[], bool] = lambda: False,
         on_step: Callable[[StepReport], None] = lambda report: None,
     ) -> dict[str, float]:
-        """Learns from a round and returns its means. `reference` may be empty where the objective needs none.
+        """Learns from a round and returns its means. `reference` has the log-probabilities, under the reference model,
+        of what `Mixture.referenced` names; it may be empty where the objective needs none.
 
-        Raises `errors.Internal` at the first loss or gradient that is not finite, and `Stopped` as soon as `stop` says
-        so; the learner is of no use after either.
+        Raises `errors.FailedPrecondition` where the objective learns from none of the samples, `errors.Internal` at the
+        first loss or gradient that is not finite, and `Stopped` as soon as `stop` says so; the learner is of no use
+        after either of these two.
         """
         settings, started = self._settings, time.perf_counter()
+        samples = [sample for sample in samples if self._objective.learns_from(sample)]
+        if not samples:
+            raise errors.FailedPrecondition(
+                f"None of the samples is of a kind that {self._objective.name} learns from.",
+                remedy="Choose another objective.",
+            )
         plan = [
             step
             for epoch in range(settings.epochs)
@@ -110,50 +115,87 @@ class Learner:
                 samples, settings.batch_size, seed=settings.seed, round_number=round_number, epoch=epoch
             )
         ]
+        rounds, prepared = self._prepare(samples, reference, len(plan), stop)
         reports = []
         for number, step in enumerate(plan, 1):
-            report = self._step(step, reference, stop, number, len(plan))
+            report = self._step(step, rounds, prepared, stop, number, len(plan))
             on_step(report)
             reports.append(report)
-        total = sum(report.samples for report in reports)
-        names = ("loss", "margin", "accuracy", "chosen_reward", "rejected_reward", "grad_norm")
-        means = {name: sum(getattr(r, name) * r.samples for r in reports) / total for name in names}
-        return means | {"learn_seconds": time.perf_counter() - started}
+        measured = {name: value for found in prepared.values() for name, value in found.measures.items()}
+        measured |= _means(reports)
+        for name, round in rounds.items():
+            count = sum(map(units, round.samples))
+            objective = self._by_name(name)
+            self._states[name] = objective.next_state(self._states[name], measured, count)
+        return measured | {"learn_seconds": time.perf_counter() - started}
+
+    def _prepare(
+        self, samples: Sequence[Sample], reference: PerSample, steps: int, stop: Callable[[], bool]
+    ) -> tuple[dict[str, Round], dict[str, Prepared]]:
+        """What the objectives work out for a round, by the names of those that have something to learn."""
+
+        def evaluate(function: Callable[[Any, Batch], Tensor], wanted: Sequence[Sample]) -> dict[str, Tensor]:
+            return inference.per_token(
+                function, self._model, wanted, max_tokens=self._settings.micro_batch_tokens, stop=stop
+            )
+
+        rounds, prepared = {}, {}
+        for term in self._objective.terms:
+            if mine := term.mine(samples):
+                name = term.objective.name
+                rounds[name] = Round(mine, reference, steps, evaluate, self._states[name])
+                prepared[name] = term.objective.prepare(rounds[name])
+        return rounds, prepared
 
     def _step(
-        self, samples: Sequence[Sample], reference: Reference, stop: Callable[[], bool], number: int, count: int
+        self,
+        samples: Sequence[Sample],
+        rounds: Mapping[str, Round],
+        prepared: Mapping[str, Prepared],
+        stop: Callable[[], bool],
+        number: int,
+        count: int,
     ) -> StepReport:
-        self._set_learning_rate()
-        losses, margins, chosen, rejected = [], [], [], []
-        for micro in batches.micro_batches(samples, self._settings.micro_batch_tokens):
-            if stop():
-                raise Stopped
-            batch = batches.collate(micro).to(self._engine.device)
-            with self._recomputing(batch.tokens > self._settings.micro_batch_tokens):
-                pairs = self._objective.loss(self._model, batch, self._reference(micro, reference))
-                loss = (pairs.losses * batch.weights).sum() / len(samples)
-                self._require_finite("loss", loss.item())
-                self._engine.backward(loss, scale_wrt_gas=False)
-            losses += pairs.losses.detach().tolist()
-            margins += (pairs.chosen_rewards - pairs.rejected_rewards).tolist()
-            chosen += pairs.chosen_rewards.tolist()
-            rejected += pairs.rejected_rewards.tolist()
+        self._set_learning_rates()
+        total, measured = 0.0, dict[str, float]()
+        for term in self._objective.terms:
+            if mine := term.mine(samples):
+                name = term.objective.name
+                loss, measures = self._accumulate(term, mine, rounds[name], prepared[name], stop)
+                total += term.weight * loss
+                measured |= measures
+                if len(self._objective.terms) > 1:
+                    measured[f"{name}_loss"] = loss
         self._engine.step()
         grad_norm = float(self._engine.get_global_grad_norm())
         self._require_finite("gradient norm", grad_norm)
         self.steps_done += 1
-        size = len(samples)
-        return StepReport(
-            step=number,
-            steps=count,
-            samples=size,
-            loss=sum(losses) / size,
-            margin=sum(margins) / size,
-            accuracy=sum(margin > 0 for margin in margins) / size,
-            chosen_reward=sum(chosen) / size,
-            rejected_reward=sum(rejected) / size,
-            grad_norm=grad_norm,
-        )
+        return StepReport(number, count, len(samples), total, grad_norm, measured)
+
+    def _accumulate(
+        self, term: Term, samples: Sequence[Sample], round: Round, prepared: Prepared, stop: Callable[[], bool]
+    ) -> tuple[float, dict[str, float]]:
+        """Adds the gradient of one term of a step to the others'. Returns its mean loss and measures."""
+        objective, budget = term.objective, self._settings.micro_batch_tokens
+        constants = {**prepared.constants, **objective.before_step(round, samples)}
+        given = {"reference": round.reference, **prepared.given} if round.reference else prepared.given
+        size = sum(map(units, samples))
+        losses: list[float] = []
+        measures: dict[str, list[float]] = {}
+        for micro in batches.micro_batches(samples, budget):
+            if stop():
+                raise runtime.Stopped
+            batch = batches.collate(micro, given).to(self._engine.device)
+            with self._recomputing(batch.tokens > budget):
+                found = objective.loss(self._model, batch, constants)
+                loss = (found.losses * found.weights).sum() * term.weight / size
+                self._require_finite("loss", loss.item())
+                self._engine.backward(loss, scale_wrt_gas=False)
+            losses += found.losses.detach().tolist()
+            for name, values in found.measures.items():
+                measures.setdefault(name, []).extend(values.tolist())
+        means = {name: sum(values) / len(values) for name, values in measures.items() if values}
+        return sum(losses) / size, means
 
     def probe(self, prompt: Sequence[int], continuation: Sequence[int]) -> list[float]:
         """Log-probability of every token of `continuation` after `prompt`, for a policy."""
@@ -164,9 +206,10 @@ class Learner:
         self._model.save_pretrained(folder)
 
     def save(self, folder: Path) -> None:
-        """Writes weights, master weights, optimizer and random state into `folder`."""
+        """Writes weights, master weights, optimizer, random state and the objectives' states into `folder`."""
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
         save_file({"cpu": torch.get_rng_state()}, folder / _RANDOM)
+        (folder / _OBJECTIVES).write_text(json.dumps(self._states))
 
     def restore(self, folder: Path) -> None:
         """Takes on the weights, optimizer and random state saved in `folder`, bit for bit; `steps_done` is the caller's
@@ -178,6 +221,9 @@ class Learner:
                 f"{folder} holds no state of this model.", remedy="Was it written with another base model?"
             )
         torch.set_rng_state(load_file(folder / _RANDOM)["cpu"])
+        # Checkpoints of the first release have none; its one objective had no state.
+        if (states := folder / _OBJECTIVES).exists():
+            self._states |= json.loads(states.read_text())
 
     def close(self) -> None:
         """Frees everything."""
@@ -188,18 +234,15 @@ class Learner:
         self._engine = self._model = None
         runtime.free_memory()
 
-    def _set_learning_rate(self) -> None:
+    def _set_learning_rates(self) -> None:
         warmup = self._settings.warmup_steps
         factor = min(1.0, (self.steps_done + 1) / warmup) if warmup else 1.0
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = self._learning_rate * factor
+        for group, wanted in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
+            frozen = self.steps_done < wanted.frozen_steps
+            group["lr"] = 0.0 if frozen else wanted.learning_rate * factor
 
-    def _reference(self, samples: Sequence[Sample], reference: Reference) -> Tensor | None:
-        if not self._objective.needs_reference:
-            return None
-        pairs = [reference[sample.id] for sample in samples]
-        values = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
-        return torch.tensor(values, dtype=torch.float32, device=self._engine.device)
+    def _by_name(self, name: str) -> Objective:
+        return next(term.objective for term in self._objective.terms if term.objective.name == name)
 
     @contextlib.contextmanager
     def _recomputing(self, wanted: bool) -> Iterator[None]:
@@ -215,36 +258,27 @@ class Learner:
 
     def _require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
+            rate = self._groups[0].learning_rate
             raise errors.Internal(
                 f"The {what} is {value} at step {self.steps_done + 1} of objective {self._objective.name}: this round "
                 "is not published, and the last version stays as it is.",
-                remedy=f"Lower the learning rate ({self._learning_rate:g}) or --max-grad-norm and start again.",
+                remedy=f"Lower the learning rate ({rate:g}) or --max-grad-norm and start again.",
             )
 
 
-@torch.no_grad()
-def reference_logprobs(
-    objective: Objective, path: Path, samples: Sequence[Sample], settings: TrainerSettings, stop: Callable[[], bool]
-) -> Reference:
-    """Log-probabilities of all samples under the model in `path`, which is loaded for it and freed again.
-
-    Raises `Stopped`.
-    """
-    model = objective.load(path).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    device = next(model.parameters()).device
-    found: dict[str, tuple[float, float]] = {}
-    for micro in batches.micro_batches(samples, _REFERENCE_FACTOR * settings.micro_batch_tokens):
-        if stop():
-            raise Stopped
-        values = models.response_logprobs(model, batches.collate(micro).to(device)).tolist()
-        for index, sample in enumerate(micro):
-            found[sample.id] = (values[index], values[len(micro) + index])
-    del model
-    runtime.free_memory()
-    return found
+def _means(reports: Sequence[StepReport]) -> dict[str, float]:
+    """Means over the samples of the steps in which a number was measured."""
+    found: dict[str, list[tuple[float, int]]] = {}
+    for report in reports:
+        for name, value in report.numbers().items():
+            found.setdefault(name, []).append((value, report.samples))
+    return {
+        name: sum(value * samples for value, samples in values) / sum(samples for _, samples in values)
+        for name, values in found.items()
+    }
 
 
-def _config(settings: TrainerSettings) -> dict[str, Any]:
+def _config(settings: LearningSettings) -> dict[str, Any]:
     return {
         # Micro-batches differ in size, so the end of a step is ours to say: with these three, `step()` is the end.
         "train_micro_batch_size_per_gpu": 1,

@@ -15,7 +15,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
-from trainer import progress
+from trainer import progress, runtime
 from trainer.task import Task
 
 logger = logging.getLogger(__name__)
@@ -25,8 +25,6 @@ POLL_SECONDS = 0.5
 
 def run(tasks: Sequence[Task], stop: threading.Event, ready: Callable[[bool], None]) -> None:
     """Runs until `stop`. `ready` hears of the moment from which comparisons are learnt, and of the end."""
-    from trainer.learner import Stopped
-
     for task in tasks:
         task.resume()
     ready(not stop.is_set())
@@ -36,7 +34,7 @@ def run(tasks: Sequence[Task], stop: threading.Event, ready: Callable[[bool], No
                 task.ingest(POLL_SECONDS / len(tasks))
                 if task.due() and not stop.is_set():
                     turn(task)
-    except Stopped:
+    except runtime.Stopped:
         logger.info("stopped within a round: it is learnt at the next start")
     finally:
         ready(False)

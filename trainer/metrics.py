@@ -5,8 +5,11 @@ from __future__ import annotations
 from prometheus_client import Counter, Gauge, Histogram
 
 LOSS = Gauge("thumbwheel_trainer_loss", "Loss of the last step.", ["task"])
-MARGIN = Gauge("thumbwheel_trainer_reward_margin", "Reward of chosen less rejected, last step.", ["task"])
-ACCURACY = Gauge("thumbwheel_trainer_accuracy", "Share of pairs ranked right before the step, last step.", ["task"])
+MEASURE = Gauge(
+    "thumbwheel_trainer_measure",
+    "What the objective measured at the last step: margin, accuracy, rewards, KL, clip fraction and the like.",
+    ["task", "measure"],
+)
 GRAD_NORM = Gauge("thumbwheel_trainer_grad_norm", "Norm of the gradient before clipping, last step.", ["task"])
 LEARNT = Counter("thumbwheel_trainer_samples_learnt_total", "Samples learnt from.", ["task"])
 PENDING = Gauge("thumbwheel_trainer_pending_samples", "Samples that wait for a round.", ["task"])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from thumbwheel import errors
-from trainer.batch import PairBatch
+from trainer.batch import Batch
 
 LOGIT_ROWS = 256
 """Response positions whose logits exist at a time: a vocabulary of 49,152 takes 48 MiB of fp32 for them."""
@@ -50,6 +50,17 @@ def load_scorer(path: Path) -> Any:
     return _without_dropout(model.train())
 
 
+def new_scorer(path: Path) -> Any:
+    """As `load_scorer`, of the body of the model in `path` with a scoring head of zeros, which has no opinion."""
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        str(path), num_labels=1, dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
+    torch.nn.init.zeros_(model.score.weight)
+    return _without_dropout(model.train())
+
+
 def _without_dropout(model: Any) -> Any:
     # The ratio to the reference would be noise; and samples are few, so there is nothing to regularise.
     for module in model.modules():
@@ -60,7 +71,7 @@ def _without_dropout(model: Any) -> Any:
     return model
 
 
-def hidden_states(model: Any, batch: PairBatch) -> Tensor:
+def hidden_states(model: Any, batch: Batch) -> Tensor:
     """[B·L, H] outputs of the last layer."""
     output = model.base_model(
         input_ids=batch.input_ids,
@@ -72,16 +83,20 @@ def hidden_states(model: Any, batch: PairBatch) -> Tensor:
     return hidden.flatten(0, 1)
 
 
-def response_logprobs(model: Any, batch: PairBatch) -> Tensor:
-    """[2B] log-probabilities of the responses, in float32. Logits exist at response positions only, and not at once."""
+def response_token_logprobs(model: Any, batch: Batch) -> Tensor:
+    """[N] log-probabilities of the response tokens, in float32. Logits exist for them only, and not all at once."""
     head = model.get_output_embeddings()
     hidden = hidden_states(model, batch)[batch.predictors]
     parts = [
         checkpoint(token_logprobs, head, rows, targets, use_reentrant=False)
         for rows, targets in zip(torch.split(hidden, LOGIT_ROWS), torch.split(batch.targets, LOGIT_ROWS), strict=True)
     ]
-    sums = torch.zeros(2 * batch.pairs, dtype=torch.float32, device=hidden.device)
-    return sums.index_add(0, batch.owners, torch.cat(parts))
+    return torch.cat(parts)
+
+
+def response_logprobs(model: Any, batch: Batch) -> Tensor:
+    """[S] log-probabilities of the responses, in float32."""
+    return batch.sums(response_token_logprobs(model, batch))
 
 
 def token_logprobs(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -92,10 +107,48 @@ def token_logprobs(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     return chosen - normaliser
 
 
-def scores(model: Any, batch: PairBatch) -> Tensor:
-    """[2B] scores at the last token of every sequence, in float32."""
+def scores(model: Any, batch: Batch) -> Tensor:
+    """[S] scores at the last token of every sequence, in float32."""
     output: Tensor = model.score(hidden_states(model, batch)[batch.last_tokens])
     return output.squeeze(1).float()
+
+
+def values(critic: Any, batch: Batch) -> Tensor:
+    """[N] a critic's values, in float32, of the states in which the response tokens were chosen."""
+    output: Tensor = critic.score(hidden_states(critic, batch)[batch.predictors])
+    return output.squeeze(1).float()
+
+
+class ActorCritic(torch.nn.Module):
+    """A policy and a critic that learn together. To everything that asks for log-probabilities it is the policy."""
+
+    def __init__(self, policy: Any, critic: Any) -> None:
+        super().__init__()
+        self.policy = policy
+        self.critic = critic
+
+    @property
+    def base_model(self) -> Any:
+        """The policy's body."""
+        return self.policy.base_model
+
+    def get_output_embeddings(self) -> Any:
+        """The policy's head."""
+        return self.policy.get_output_embeddings()
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes the policy; the critic stays in training checkpoints."""
+        self.policy.save_pretrained(folder)
+
+    def gradient_checkpointing_enable(self, arguments: dict[str, Any]) -> None:
+        """Of both."""
+        for model in (self.policy, self.critic):
+            model.gradient_checkpointing_enable(arguments)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Of both."""
+        for model in (self.policy, self.critic):
+            model.gradient_checkpointing_disable()
 
 
 @torch.no_grad()

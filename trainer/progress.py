@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from trainer.learner import StepReport
 
 
+_TELLING = ("margin", "accuracy", "kl", "nll", "clip_fraction", "value_loss")
+
+
 @contextlib.contextmanager
 def line(task: str) -> Iterator[Callable[[StepReport], None]]:
     """Yields what is to be called after every step; it draws only where standard error is a terminal."""
@@ -25,7 +28,18 @@ def line(task: str) -> Iterator[Callable[[StepReport], None]]:
         row = bar.add_task(f"{task}: preparing", total=None)
 
         def on_step(report: StepReport) -> None:
-            text = f"{task}: loss {report.loss:.3f}, margin {report.margin:+.3f}, right {report.accuracy:.0%}"
+            text = f"{task}: {summary(report)}"
             bar.update(row, description=text, total=report.steps, completed=report.step)
 
         yield on_step
+
+
+def summary(report: StepReport) -> str:
+    """A step in a few words: its loss, and what tells most of the objective."""
+    shown = [f"{name} {report.measures[name]:.3f}" for name in _TELLING if name in report.measures]
+    return ", ".join([f"loss {report.loss:.3f}", *shown])
+
+
+def fields(report: StepReport) -> dict[str, float]:
+    """A step as fields of a log entry."""
+    return {"step": report.step, "steps": report.steps, "samples": report.samples, **report.numbers()}

@@ -147,7 +147,7 @@ def ensure_base(base_model: Path, store: LocalStore, signer: ManifestSigner) -> 
     opinion. Raises `errors.MissingModel`, and what `LocalStore.publish` raises.
     """
     made = []
-    for role, write in ((ModelRole.MODEL_ROLE_POLICY, _write_policy), (ModelRole.MODEL_ROLE_REWARD, _write_scorer)):
+    for role, write in ((ModelRole.MODEL_ROLE_POLICY, _write_policy), (ModelRole.MODEL_ROLE_REWARD, write_scorer)):
         version = version_name(role, 0)
         if (store.root / version).exists():
             continue
@@ -182,7 +182,8 @@ def _write_policy(base_model: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(str(base_model)).save_pretrained(folder)
 
 
-def _write_scorer(base_model: Path, folder: Path) -> None:
+def write_scorer(base_model: Path, folder: Path) -> None:
+    """Writes the body of the model in `base_model` under a scoring head of zeros, with its tokenizer, into `folder`."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(base_model))

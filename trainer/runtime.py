@@ -10,6 +10,10 @@ import os
 from thumbwheel import errors
 
 
+class Stopped(Exception):
+    """The process was asked to stop while it learnt. What was begun is given up; nothing of it is kept."""
+
+
 def before_imports() -> None:
     """Settings that libraries read when they are loaded. To be called before torch is imported."""
     # Threads that wait must sleep: beside a serving engine on the same cores, spinning takes half of its speed.
@@ -20,6 +24,18 @@ def before_imports() -> None:
     # Nothing here is compiled; without this, DeepSpeed loads torch's compiler all the same, for seconds and 40 MiB.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def choose_accelerator() -> bool:
+    """Tells DeepSpeed to compute on the CPU where there is no GPU, before it is loaded, or Transformers loads it. True
+    for a GPU.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    return on_gpu
 
 
 def prepare(threads: int) -> None:
@@ -37,9 +53,7 @@ def prepare(threads: int) -> None:
     import torch.distributed
     from torch.utils import deterministic
 
-    on_gpu = torch.cuda.is_available()
-    if not on_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    on_gpu = choose_accelerator()
     if threads:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=on_gpu)

@@ -25,16 +25,17 @@ from thumbwheel.auth import ManifestSigner
 from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion, version_name
 from thumbwheel.stream.log import Log, Producer, TopicPartition
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, Lineage, ModelRole, OffsetRange, Probe
-from trainer import losses, metrics, publish
-from trainer.buffer import Buffer, Sample
+from trainer import losses, metrics, progress, publish
+from trainer.buffer import Buffer
 from trainer.checkpoint import TrainingCheckpoints
 from trainer.config import TaskName, TrainerSettings
 from trainer.ingest import Encoder, Ingest
-from trainer.losses import Objective
 from trainer.publish import SAMPLES, Publisher
+from trainer.samples import Pair, Sample
 
 if TYPE_CHECKING:
     from trainer.learner import Learner, StepReport
+    from trainer.losses.mixture import Mixture
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +91,7 @@ class Task:
         self.name = name
         self._shared = shared
         self._resident = resident
-        role = _role(name)
-        self._objective: Objective = losses.objective(settings.objective(name), role, settings)
+        self._objective = _objective(name, settings)
         self._checkpoints = TrainingCheckpoints(settings.training_path / name, keep=settings.keep_checkpoints)
         self._publisher = Publisher(shared.store, shared.signer, shared.producer, shared.stop, task=name)
         self._base = self._load_base()
@@ -140,14 +140,19 @@ class Task:
 
     def learn(self, samples: Sequence[Sample], on_step: Callable[[StepReport], None]) -> dict[str, float]:
         """Learns from a round; returns its measurements. Raises `Stopped`, and `errors.Internal` where it diverges."""
-        from trainer.learner import reference_logprobs
+        from trainer.inference import reference_logprobs
 
         stop, settings = self._shared.stop.is_set, self._shared.settings
         reference: Any = {}
         logger.info("round begins", extra={"task": self.name, "round": self._state.round + 1, "samples": len(samples)})
         if self._objective.needs_reference:
             with self._phase("reference"):
-                reference = reference_logprobs(self._objective, self._base.path, samples, settings, stop)
+                reference = reference_logprobs(
+                    self._base.path,
+                    self._objective.referenced(samples),
+                    max_tokens=settings.micro_batch_tokens,
+                    stop=stop,
+                )
         with self._phase("restore"):
             learner = self._restored()
         with self._phase("learn"):
@@ -306,15 +311,28 @@ class Task:
 
     def _report(self, report: StepReport, on_step: Callable[[StepReport], None]) -> None:
         metrics.LOSS.labels(self.name).set(report.loss)
-        metrics.MARGIN.labels(self.name).set(report.margin)
-        metrics.ACCURACY.labels(self.name).set(report.accuracy)
+        for measure, value in report.measures.items():
+            metrics.MEASURE.labels(self.name, measure).set(value)
         metrics.GRAD_NORM.labels(self.name).set(report.grad_norm)
-        logger.info("step", extra={"task": self.name} | dataclasses.asdict(report))
+        logger.info("step", extra={"task": self.name, **progress.fields(report)})
         on_step(report)
 
     def _phase(self, phase: str) -> AbstractContextManager[object, None]:
         timer: AbstractContextManager[object, None] = metrics.PHASE.labels(self.name, phase).time()
         return timer
+
+
+def _objective(name: TaskName, settings: TrainerSettings) -> Mixture:
+    text, field = settings.objective(name), f"{name}_objective"
+    for term in losses.parse(text, _role(name), field=field):
+        if losses.kind(term) is not Pair:
+            raise errors.InvalidArgument(
+                f"is {text!r}, but what {term} learns from does not come by the stream yet.",
+                field=field,
+                remedy="Use one of DPO's family, or learn from a file: `python -m trainer --data FILE --objective "
+                f"{term}`.",
+            )
+    return losses.objective(text, _role(name), settings, field=field)
 
 
 def _role(name: TaskName) -> ModelRole.ValueType:

@@ -12,14 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.trainer.samples import make_sample, make_samples
-from trainer import batch, models
-from trainer.buffer import Sample
+from tests.unit.trainer.samples import make_demonstrations, make_groups, make_sample, make_samples, make_thumbs, tokens
+from trainer import batch, inference, models
+from trainer.samples import Demonstration, Group, Pair, Rollout, Sample
 
 lengths = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=40)
 
 
-def samples_of(shapes: list[tuple[int, int, int]]) -> list[Sample]:
+def samples_of(shapes: list[tuple[int, int, int]]) -> list[Pair]:
     rng = random.Random(0)
     return [make_sample(rng, prompt=p, chosen=c, rejected=r) for p, c, r in shapes]
 
@@ -54,7 +54,7 @@ def test_micro_batches_keep_the_budget_and_put_like_lengths_together(
 ) -> None:
     samples = samples_of(shapes)
     groups = batch.micro_batches(samples, budget)
-    assert sorted(s.id for group in groups for s in group) == sorted(s.id for s in samples)
+    assert sorted(row.sample.id for group in groups for row in group) == sorted(s.id for s in samples)
     for group in groups:
         assert len(group) == 1 or len(group) * max(s.tokens for s in group) <= budget
     # Groups do not overlap in length, so no other grouping of the same sizes has less padding.
@@ -66,14 +66,14 @@ def test_logprobs_with_a_shared_prompt_equal_those_of_plain_full_logits(policy_p
     model = models.load_causal(policy_path).double().eval()  # so that only the layout can make a difference
     samples = make_samples(6)
     with torch.no_grad():
-        layout = batch.collate(samples)
+        layout = batch.collate(batch.whole(samples))
         shared = models.response_logprobs(model, layout)
         plain = []
-        for response in ("chosen", "rejected"):
-            for sample in samples:
-                tokens = torch.tensor([sample.prompt + getattr(sample, response)])
-                logprobs = model(input_ids=tokens).logits.log_softmax(-1)[0, :-1]
-                chosen = logprobs.gather(1, tokens[0, 1:, None])[len(sample.prompt) - 1 :]
+        for sample in samples:
+            for response in ("chosen", "rejected"):
+                ids = torch.tensor([sample.prompt + getattr(sample, response)])
+                logprobs = model(input_ids=ids).logits.log_softmax(-1)[0, :-1]
+                chosen = logprobs.gather(1, ids[0, 1:, None])[len(sample.prompt) - 1 :]
                 plain.append(chosen.sum())
         numbered_through = torch.arange(layout.input_ids.shape[1]).expand_as(layout.position_ids)
         misplaced = models.response_logprobs(model, dataclasses.replace(layout, position_ids=numbered_through))
@@ -83,7 +83,7 @@ def test_logprobs_with_a_shared_prompt_equal_those_of_plain_full_logits(policy_p
     close = torch.stack(plain).float(), 1e-4, 1e-2
     assert torch.allclose(shared, *close), (shared, plain)
     # A fault of the layout is far larger.
-    rejected = slice(len(samples), None)
+    rejected = slice(1, None, 2)
     for faulty in (misplaced, seeing):
         assert (faulty[rejected] - close[0][rejected]).abs().min() > 0.1
 
@@ -92,18 +92,18 @@ def test_scores_with_a_shared_prompt_equal_transformers_own(reward_path: Path) -
     model = models.load_scorer(reward_path).double().eval()  # so that only the layout can make a difference
     samples = make_samples(6)
     with torch.no_grad():
-        shared = models.scores(model, batch.collate(samples))
+        shared = models.scores(model, batch.collate(batch.whole(samples)))
         plain = [
             model(input_ids=torch.tensor([sample.prompt + getattr(sample, response)])).logits[0, 0]
-            for response in ("chosen", "rejected")
             for sample in samples
+            for response in ("chosen", "rejected")
         ]
     torch.testing.assert_close(shared, torch.stack(plain), rtol=1e-4, atol=1e-2, check_dtype=False)
 
 
 def test_logits_exist_for_a_few_positions_at_a_time(policy_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.load_causal(policy_path).float().eval()
-    layout = batch.collate(make_samples(6))
+    layout = batch.collate(batch.whole(make_samples(6)))
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
     with torch.no_grad():
@@ -118,9 +118,92 @@ def test_logits_exist_for_a_few_positions_at_a_time(policy_path: Path, monkeypat
 
 def test_the_first_token_of_both_responses_is_predicted_by_the_prompt() -> None:
     sample = make_sample(random.Random(0), prompt=4, chosen=2, rejected=3)
-    layout = batch.collate([sample])
+    layout = batch.collate(batch.whole([sample]))
     assert layout.predictors.tolist() == [3, 4, 3, 6, 7]
     assert layout.targets.tolist() == [*sample.chosen, *sample.rejected]
     assert layout.owners.tolist() == [0, 0, 1, 1, 1]
     assert layout.last_tokens.tolist() == [5, 8]
     assert layout.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 4, 5, 6]]
+
+
+ragged = st.lists(
+    st.tuples(st.integers(1, 30), st.lists(st.integers(1, 30), min_size=1, max_size=6)), min_size=1, max_size=12
+)
+
+
+def groups_of(shapes: list[tuple[int, list[int]]]) -> list[Group]:
+    rng = random.Random(0)
+    return [
+        Group(
+            id=f"{number:03d}",
+            prompt=tokens(rng, prompt),
+            rollouts=tuple(Rollout(tokens(rng, length), 0.0) for length in responses),
+        )
+        for number, (prompt, responses) in enumerate(shapes)
+    ]
+
+
+@given(shapes=ragged, budget=st.integers(1, 200))
+def test_rollouts_are_spread_over_rows_each_once_and_in_order(shapes: list[tuple[int, list[int]]], budget: int) -> None:
+    samples = groups_of(shapes)
+    found = batch.micro_batches(samples, budget)
+    for group in found:
+        assert len(group) == 1 or len(group) * max(row.tokens for row in group) <= budget
+    for sample in samples:
+        rows = sorted((row for group in found for row in group if row.sample is sample), key=lambda row: row.first)
+        assert tuple(response for row in rows for response in row.responses) == sample.responses
+        assert all(row.tokens <= budget or len(row.responses) == 1 for row in rows)
+        # What goes with the tokens is divided as the responses are.
+        spans = [row.span for row in rows]
+        assert (spans[0].start, spans[-1].stop) == (0, sample.response_tokens)
+        assert all(before.stop == after.start for before, after in itertools.pairwise(spans))
+        # As few as can be: the first response of a row did not fit into the row before.
+        for before, after in itertools.pairwise(rows):
+            assert before.tokens + len(after.responses[0]) > budget
+
+
+@given(shapes=ragged, budget=st.integers(1, 200))
+def test_what_is_given_goes_with_its_token(shapes: list[tuple[int, list[int]]], budget: int) -> None:
+    samples = groups_of(shapes)
+    # Every response token's own id stands for what is known of it.
+    given = {"own": {s.id: torch.tensor([token for r in s.responses for token in r]).float() for s in samples}}
+    for rows in batch.micro_batches(samples, budget):
+        layout = batch.collate(rows, given)
+        assert layout.given["own"].tolist() == layout.targets.tolist()
+        sums = [float(sum(response)) for row in rows for response in row.responses]
+        assert layout.sums(layout.given["own"]).tolist() == sums
+        assert layout.lengths.tolist() == [len(response) for row in rows for response in row.responses]
+
+
+@pytest.mark.parametrize("budget", [1, 40, 100_000])
+def test_logprobs_and_values_of_every_layout_equal_those_of_plain_sequences(
+    budget: int, policy_path: Path, reward_path: Path
+) -> None:
+    """One response a row, several, or all: padding, packing and prompt sharing change no number."""
+    model = models.load_causal(policy_path).double().eval()
+    critic = models.load_scorer(reward_path).double().eval()
+    samples: list[Sample] = [*make_groups(3), *make_thumbs(3), *make_demonstrations(2), *make_samples(2)]
+    found = inference.per_token(models.response_token_logprobs, model, samples, max_tokens=budget, stop=lambda: False)
+    values = inference.per_token(models.values, critic, samples, max_tokens=budget, stop=lambda: False)
+    for sample in samples:
+        plain, states = [], []
+        for response in sample.responses:
+            ids = torch.tensor([sample.prompt + response])
+            span = slice(len(sample.prompt) - 1, -1)
+            with torch.no_grad():
+                logprobs = model(input_ids=ids).logits.log_softmax(-1)[0, span]
+                states += critic.score(critic.model(input_ids=ids).last_hidden_state)[0, span, 0].tolist()
+            plain += logprobs.gather(1, torch.tensor(response)[:, None])[:, 0].tolist()
+        assert found[sample.id].tolist() == pytest.approx(plain, rel=1e-4, abs=1e-3)
+        assert values[sample.id].tolist() == pytest.approx(states, rel=1e-4, abs=1e-3)
+
+
+@given(pairs=st.integers(0, 9), demonstrations=st.integers(0, 9), size=st.integers(1, 6))
+def test_kinds_are_spread_evenly_over_steps(pairs: int, demonstrations: int, size: int) -> None:
+    samples: list[Sample] = [*make_samples(pairs), *make_demonstrations(demonstrations)]
+    steps = batch.steps(samples, size, seed=0, round_number=1, epoch=0)
+    assert sorted(s.id for step in steps for s in step) == sorted(s.id for s in samples)
+    shares = [sum(isinstance(s, Demonstration) for s in step) for step in steps]
+    for step, share in zip(steps, shares, strict=True):
+        assert len(step) <= size
+        assert abs(share - len(step) * demonstrations / len(samples)) < 1.5

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from trainer import loop
-from trainer.learner import Stopped
+from trainer.runtime import Stopped
 from trainer.task import Task
 
 
