@@ -196,7 +196,8 @@ def test_the_manifest_says_what_was_measured_and_how(shared: Shared) -> None:
 
 
 def test_a_version_comes_with_its_delta(shared: Shared) -> None:
-    rounds(shared, 1)
+    slow = shared.settings.model_copy(update={"policy_learning_rate": 1e-5})
+    rounds(dataclasses.replace(shared, settings=slow), 1)
     parent, child = (shared.store.load(f"policy-00000{number}") for number in (0, 1))
     (packed,) = (file for file in child.manifest.files if file.path.endswith(delta.SUFFIX))
     (weights,) = (file for file in child.manifest.files if file.path == "model.safetensors")
