@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 
 from prometheus_client import Counter
 
@@ -100,24 +101,37 @@ class Follower:
             await asyncio.to_thread(producer.close, 5.0)
 
     async def _act(self) -> None:
-        """Takes on what is wanted. What cannot be had now is tried again, sooner where there is news."""
+        """Takes on what is wanted. What cannot be had now is passed over and tried again, sooner where there is news."""
         delay = FIRST_RETRY_SECONDS
         while True:
             await self._changed.wait()
             self._changed.clear()
+            away: set[str] = set()
             try:
-                while await self._step():
-                    pass
-                delay = FIRST_RETRY_SECONDS
-            except (errors.Unavailable, errors.DeadlineExceeded, errors.NoSpace) as error:
-                DEFERRED.inc()
-                logger.warning("no swap now, another try in %g s: %s", delay, error)
+                while (event := self.wanted(without=away)) is not None:
+                    try:
+                        await self._go_live(event)
+                    except (errors.Unavailable, errors.DeadlineExceeded, errors.NoSpace) as error:
+                        away.add(event.event_id)
+                        self._defer(error)
+                if self._forsaken():
+                    await self._engine.rollback()
+            except errors.Unavailable as error:
+                self._defer(error)
+            await asyncio.to_thread(self._tidy)
+            if away or self._forsaken():
                 asyncio.get_running_loop().call_later(delay, self._changed.set)
                 delay = min(2 * delay, LAST_RETRY_SECONDS)
+            else:
+                delay = FIRST_RETRY_SECONDS
 
-    def wanted(self) -> VersionEvent | None:
+    def _defer(self, error: errors.ThumbwheelError) -> None:
+        DEFERRED.inc()
+        logger.warning("no swap now, it is tried again: %s", error, extra={"live": self._engine.version})
+
+    def wanted(self, *, without: Collection[str] = ()) -> VersionEvent | None:
         """The version to serve in place of the one that is live: the newest stable one that is newer, or any stable one
-        where the live one has been withdrawn.
+        where the live one has been withdrawn. Announcements whose ids are in `without` are passed over.
         """
         live = self._engine.live.manifest
         stable = [
@@ -125,27 +139,21 @@ class Follower:
             for event in self._standing.values()
             if event.state == VersionState.VERSION_STATE_STABLE
             and event.event_id not in self._settled
+            and event.event_id not in without
             and event.version != live.version
             and (event.sequence > live.sequence or self._withdrawn())
         ]
         return max(stable, key=lambda event: event.sequence, default=None)
 
+    def _forsaken(self) -> bool:
+        """The live version was withdrawn, nothing else is said to be stable, since the records may be lost, or it cannot
+        be had; and what was served before is still here.
+        """
+        return self._withdrawn() and self._engine.previous is not None
+
     def _withdrawn(self) -> bool:
         event = self._standing.get(self._engine.version)
         return event is not None and event.state in _WITHDRAWN
-
-    async def _step(self) -> bool:
-        """True where something was tried, so that there may be more to do. Raises what another try may get over."""
-        event = self.wanted()
-        if event is not None:
-            await self._go_live(event)
-        elif self._withdrawn() and self._engine.previous is not None:
-            # Nobody has said what to serve instead: the records may be lost. What was served before is still here.
-            await self._engine.rollback()
-        else:
-            return False
-        await asyncio.to_thread(self._tidy)
-        return True
 
     async def _go_live(self, event: VersionEvent) -> None:
         """Brings a version here and swaps to it. One that is refused or rolled back is not tried again, unless it is
@@ -160,8 +168,8 @@ class Follower:
         if event.manifest_sha256 != target.manifest_sha256:
             self._refuse(event, "its manifest is not the one that was announced")
             return
-        if (wanted := self.wanted()) is None or wanted.version != event.version:
-            return  # there was news meanwhile
+        if self._standing[event.version] is not event:
+            return  # there was news of it meanwhile
         swap = await self._engine.swap(target)
         if swap.outcome == SwapOutcome.SWAP_OUTCOME_SUPERSEDED:
             self._settled.add(event.event_id)

@@ -1,4 +1,4 @@
-"""Swaps of a real engine: what the probe computes, and that after whatever fails the old weights are back to the bit."""
+"""Swaps of a real engine: what a probe computes, and that after whatever fails the old weights are back to the bit."""
 
 from __future__ import annotations
 
@@ -43,11 +43,7 @@ class World:
 
         prompts = vllm.TokensPrompt(prompt_token_ids=prompt)
         sampling = vllm.SamplingParams(**{"temperature": 0.0, "logprobs": 0, "ignore_eos": True, **params})
-        last = None
-        async for last in self.engine.llm.generate(prompts, sampling, name):
-            pass
-        assert last is not None
-        return last
+        return [output async for output in self.engine.llm.generate(prompts, sampling, name)][-1]
 
     async def answers(self) -> Answers:
         """Tokens and log-probabilities of a few prompts, one at a time, so that batching cannot differ."""
@@ -204,11 +200,11 @@ async def test_what_becomes_of_requests_in_flight_is_as_the_mode_says(world: Wor
             import vllm
 
             sampling = vllm.SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=150)
-            last = None
-            async for last in world.engine.llm.generate(vllm.TokensPrompt(prompt_token_ids=[4, 2]), sampling, name):
+            outputs = []
+            async for output in world.engine.llm.generate(vllm.TokensPrompt(prompt_token_ids=[4, 2]), sampling, name):
+                outputs.append(output.outputs[0])
                 first.set()
-            assert last is not None
-            return last.outputs[0]
+            return outputs[-1]
 
         task = asyncio.create_task(one())
         await first.wait()

@@ -194,6 +194,15 @@ async def test_a_store_that_is_away_is_asked_again(tmp_path: Path, monkeypatch: 
         await world.live(2)
 
 
+async def test_one_that_never_comes_does_not_hold_up_the_others(tmp_path: Path) -> None:
+    async with following(tmp_path) as world:
+        world.say(9)
+        world.say(2)
+        await world.live(2)
+        world.say(3)
+        await world.live(3)
+
+
 def test_a_server_starts_on_the_newest_that_verifies(tmp_path: Path) -> None:
     home = Home(tmp_path)
     for sequence in range(3):
