@@ -101,7 +101,7 @@ class Follower:
             await asyncio.to_thread(producer.close, 5.0)
 
     async def _act(self) -> None:
-        """Takes on what is wanted. What cannot be had now is passed over and tried again, sooner where there is news."""
+        """Takes on what is wanted. What cannot be had now is passed over and tried again, sooner if there is news."""
         delay = FIRST_RETRY_SECONDS
         while True:
             await self._changed.wait()
@@ -146,8 +146,8 @@ class Follower:
         return max(stable, key=lambda event: event.sequence, default=None)
 
     def _forsaken(self) -> bool:
-        """The live version was withdrawn, nothing else is said to be stable, since the records may be lost, or it cannot
-        be had; and what was served before is still here.
+        """The live version was withdrawn, nothing else is said to be stable (the records may be lost) or can be had,
+        and what was served before is still here.
         """
         return self._withdrawn() and self._engine.previous is not None
 
