@@ -39,6 +39,7 @@ class Home:
             weights[:: 100 + sequence] += np.uint16(sequence)
             write_file(folder / WEIGHTS, {"w": ("BF16", weights.tobytes())})
             (folder / "config.json").write_text("{}")
+            (folder / "tokenizer.json").write_text("{}")
             if with_delta and parent:
                 path = folder / (WEIGHTS + delta.SUFFIX)
                 delta.write(self.store.root / parent / WEIGHTS, folder / WEIGHTS, path)
@@ -83,7 +84,7 @@ def test_a_version_is_brought_whole(home: Home) -> None:
     version = held.fetch("policy-000001", timeout=10)
     assert version.manifest == home.store.load("policy-000001").manifest
     assert version.manifest_sha256 == home.store.load("policy-000001").manifest_sha256
-    assert names(version.path) == {"manifest.json", "manifest.sig", "config.json", WEIGHTS}
+    assert names(version.path) == {"manifest.json", "manifest.sig", "config.json", "tokenizer.json", WEIGHTS}
     assert (version.path / WEIGHTS).read_bytes() == home.weights("policy-000001")
     assert held.fetch("policy-000001", timeout=10) is version
 
@@ -95,7 +96,7 @@ def test_who_holds_the_parent_reads_the_delta_alone(home: Home) -> None:
     home.damage("policy-000001", WEIGHTS, None)
     version = held.fetch("policy-000001", timeout=10)
     assert (version.path / WEIGHTS).read_bytes() == whole
-    assert names(version.path) == {"manifest.json", "manifest.sig", "config.json", WEIGHTS}
+    assert names(version.path) == {"manifest.json", "manifest.sig", "config.json", "tokenizer.json", WEIGHTS}
 
 
 @pytest.mark.parametrize("damage", ["flipped", "torn", "gone"])

@@ -5,23 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import StatusCode
 from prometheus_client import REGISTRY
 
+from services import swap as swapping
 from services.config import SwapSettings
 from services.probes import Probes
 from services.swap import Swapper, check_compatible
 from services.turnstile import Turnstile
-from tests.support import Deployment, make_tiny_llama
+from tests.unit.checkpoints.test_delta import write_file
+from tests.unit.checkpoints.test_held import WEIGHTS, Home
 from thumbwheel import errors
 from thumbwheel.checkpoints.store import VerifiedVersion
 from thumbwheel.v1.policy_pb2 import SwapOutcome
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, ModelRole, Probe
 
-POLICY, REWARD = ModelRole.MODEL_ROLE_POLICY, ModelRole.MODEL_ROLE_REWARD
 LIVE, REFUSED = SwapOutcome.SWAP_OUTCOME_LIVE, SwapOutcome.SWAP_OUTCOME_REFUSED
 ROLLED_BACK, SUPERSEDED = SwapOutcome.SWAP_OUTCOME_ROLLED_BACK, SwapOutcome.SWAP_OUTCOME_SUPERSEDED
 
@@ -75,8 +82,8 @@ class FakeLLM:
 @pytest.fixture(scope="module")
 def versions(tmp_path_factory: pytest.TempPathFactory) -> Versions:
     """Four versions that fit each other, each with a probe."""
-    deployment = Deployment(tmp_path_factory.mktemp("home"))
-    loaded = [deployment.store.load(deployment.publish(POLICY, i, seed=i).version) for i in range(4)]
+    home = Home(tmp_path_factory.mktemp("home"))
+    loaded = [home.store.load(home.publish(number)) for number in range(4)]
     for version in loaded:
         version.manifest.probes.append(PROBE)
     return tuple(loaded)
@@ -112,6 +119,28 @@ async def test_the_order_of_a_swap(versions: Versions) -> None:
     assert swap.outcome == LIVE
     assert (swapper.live, swapper.previous) == (versions[1], versions[0])
     assert {step: seconds(step) - before[step] for step in steps} == dict.fromkeys(steps, 1.0)
+
+
+async def test_a_swap_is_a_trace(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(swapping, "tracer", provider.get_tracer("test"))
+    llm = FakeLLM()
+    swapper = await begin(llm, versions[0])
+    llm.failing["load policy-000001"] = 1
+    await swapper.swap(versions[1])
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    steps = ["swap.verify", "swap.wait", "swap.pause", "swap.load", "swap.restore", "swap.resume"]
+    assert [span.name for span in exporter.get_finished_spans()] == [*steps, "swap"]
+    whole = spans["swap"]
+    assert dict(whole.attributes or {}) == {
+        "from": "policy-000000",
+        "to": "policy-000001",
+        "mode": "keep",
+        "outcome": "SWAP_OUTCOME_ROLLED_BACK",
+    }
+    assert [span.parent for name, span in spans.items() if name != "swap"] == [whole.context] * len(steps)
+    assert {name for name, span in spans.items() if span.status.status_code == StatusCode.ERROR} == {"swap.load"}
 
 
 @pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
@@ -259,36 +288,27 @@ async def test_calls_that_need_one_version_hold_a_swap_off_for_so_long(versions:
     assert (await swapper.swap(versions[1])).outcome == LIVE
 
 
-async def test_a_version_of_another_shape_is_refused_before_serving_is_touched(
-    versions: Versions, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "dtype", "weights", "fault"),
+    [
+        ("w", "BF16", np.zeros(99_999, np.uint16), r"w: \('BF16', \(99999,\)\) instead of \('BF16', \(100000,\)\)"),
+        ("w", "F16", np.zeros(100_000, np.uint16), r"w: \('F16', \(100000,\)\) instead"),
+        ("v", "BF16", np.zeros(100_000, np.uint16), "2 tensors differ, such as v"),
+        ("w", "BF16", np.full(100_000, 0x7FC0, np.uint16), "100,000 weights of w are infinite or not numbers"),
+    ],
+    ids=["shape", "dtype", "name", "not a number"],
+)
+async def test_weights_that_cannot_be_served_are_refused_before_serving_is_touched(
+    versions: Versions, tmp_path: Path, name: str, dtype: str, weights: Any, fault: str
 ) -> None:
-    folder = make_tiny_llama(tmp_path / "reward", seed=3, reward=True)
-    manifest = CheckpointManifest(version="policy-000009", role=POLICY, sequence=9)
+    write_file(tmp_path / WEIGHTS, {name: (dtype, weights.tobytes())})
     llm = FakeLLM()
     swapper = await begin(llm, versions[0])
-    swap = await swapper.swap(VerifiedVersion(folder, manifest, ""))
+    swap = await swapper.swap(VerifiedVersion(tmp_path, versions[1].manifest, ""))
     assert swap.outcome == REFUSED
-    assert "score.weight" in swap.error
+    assert re.search(fault, swap.error)
     assert llm.calls == []
-
-
-async def test_weights_that_are_no_numbers_are_refused_before_serving_is_touched(
-    versions: Versions, tmp_path: Path
-) -> None:
-    from safetensors.torch import load_file, save_file
-
-    folder = make_tiny_llama(tmp_path / "nan", seed=3)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.norm.weight"][3] = math.nan
-    save_file(weights, folder / "model.safetensors")
-    manifest = CheckpointManifest()
-    manifest.CopyFrom(versions[1].manifest)
-    llm = FakeLLM()
-    swapper = await begin(llm, versions[0])
-    swap = await swapper.swap(VerifiedVersion(folder, manifest, ""))
-    assert swap.outcome == REFUSED
-    assert "model.norm.weight are infinite or not numbers" in swap.error
-    assert llm.calls == []
+    assert swapper.live is versions[0]
 
 
 def test_another_tokenizer_is_refused(versions: Versions) -> None:
@@ -310,7 +330,7 @@ async def test_scores_are_probed_with_the_whole_text(versions: Versions) -> None
         return [[0.75]]
 
     llm.collective_rpc = collective_rpc  # type: ignore[assignment,method-assign]  # answers with a score
-    manifest = CheckpointManifest(version="reward-000001", role=REWARD, sequence=1)
+    manifest = CheckpointManifest(version="reward-000001", role=ModelRole.MODEL_ROLE_REWARD, sequence=1)
     manifest.probes.append(Probe(prompt_token_ids=[5, 6], token_ids=[7, 2], score=0.5))
     await Probes(llm, SwapSettings(probe_score_tolerance=0.3), scores=True).check(
         VerifiedVersion(versions[0].path, manifest, "")
