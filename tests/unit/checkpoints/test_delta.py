@@ -127,3 +127,13 @@ def test_a_delta_of_another_parent_or_result_is_refused(tmp_path: Path) -> None:
         delta.apply(old, made, tmp_path / "made", sha256=hashlib.sha256(b"").hexdigest())
     with pytest.raises(errors.CorruptCheckpoint, match="is no delta"):
         delta.apply(old, new, tmp_path / "made", sha256=files.sha256(new))
+
+
+def test_a_delta_that_is_sound_but_comes_to_something_else_is_refused(tmp_path: Path) -> None:
+    old, new, made = _two_versions(tmp_path)
+    other = write_file(tmp_path / "other", {"w": ("BF16", bytes(18_000_000)), "same": ("F32", bytes(400))})
+    delta.write(old, other, made)
+    wrong = bytes.fromhex(files.sha256(other))
+    made.write_bytes(made.read_bytes().replace(wrong, bytes.fromhex(files.sha256(new)), 1))
+    with pytest.raises(errors.CorruptCheckpoint, match="does not come to the file that the manifest names"):
+        delta.apply(old, made, tmp_path / "made", sha256=files.sha256(new))
