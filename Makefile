@@ -34,7 +34,7 @@ up: setup ## Start every part on this machine, until Ctrl-C
 
 .PHONY: test
 test: setup ## Run all tests
-	$(BIN)/python -m pytest tests/unit tests/integration tests/e2e $(ARGS)
+	$(BIN)/python -m pytest tests/unit tests/integration tests/faults tests/e2e $(ARGS)
 
 .PHONY: test-unit
 test-unit: setup ## Run the unit tests alone
@@ -68,6 +68,10 @@ golden: setup ## At a release: keep the contracts that later ones must not break
 .PHONY: lock
 lock: setup ## Resolve the pinned set anew; ARGS=--upgrade takes the newest
 	@$(BIN)/python requirements/lock.py $(ARGS)
+
+.PHONY: faults-swap
+faults-swap: setup ## Swap a thousand versions under load, many of them sabotaged
+	@$(BIN)/python -m tests.faults.swaps $(ARGS)
 
 .PHONY: bench-%
 bench-%: setup ## Run bench/%.py

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager
 
 
 class Turnstile:
@@ -32,12 +33,13 @@ class Turnstile:
                 self._changed.notify_all()
 
     @contextlib.asynccontextmanager
-    async def swap(self, timeout: float) -> AsyncIterator[None]:
-        """Waits for the calls inside to end, then keeps others out. Raises `TimeoutError`."""
+    async def swap(self, timeout: float, waiting: AbstractContextManager[None]) -> AsyncIterator[None]:
+        """Waits for the calls inside to end, within `waiting`, then keeps others out. Raises `TimeoutError`."""
         self._swaps += 1
         try:
-            async with asyncio.timeout(timeout), self._changed:
-                await self._changed.wait_for(lambda: self._inside == 0)
+            with waiting:
+                async with asyncio.timeout(timeout), self._changed:
+                    await self._changed.wait_for(lambda: self._inside == 0)
             yield
         finally:
             self._swaps -= 1

@@ -1,18 +1,21 @@
-"""Following the `versions` topic: the newest stable version of a role goes live.
+"""Following the `versions` topic: the newest stable version of a role goes live, and one that is rolled back goes away.
 
-A version is verified while serving goes on. One that does not verify is refused and counted; the next is awaited.
+A version is brought to the local disk and verified while serving goes on. One that does not verify is refused and
+counted, and the next best is taken; one that cannot be had now, since the store is away, is tried again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from prometheus_client import Counter
 
 from services.engine import Engine
+from services.swap import step
 from thumbwheel import errors
+from thumbwheel.checkpoints.held import HeldVersions
 from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion
 from thumbwheel.stream import deadletter, topics
 from thumbwheel.stream.aio import records
@@ -24,16 +27,28 @@ from thumbwheel.v1.rollout_pb2 import ModelRole, VersionState
 logger = logging.getLogger(__name__)
 
 REFUSED = Counter("thumbwheel_versions_refused_total", "Announced versions that did not verify.")
+DEFERRED = Counter("thumbwheel_versions_deferred_total", "Tries of announced versions that could not be had then.")
+
+FIRST_RETRY_SECONDS = 0.5
+LAST_RETRY_SECONDS = 30.0
+
+_WITHDRAWN = (VersionState.VERSION_STATE_ROLLED_BACK, VersionState.VERSION_STATE_REFUSED)
 
 
-def newest_verified(store: LocalStore, role: ModelRole.ValueType, *, process: str) -> VerifiedVersion:
-    """The newest version that verifies; those that do not are logged. Raises `errors.MissingModel`."""
-    for manifest in store.versions(role):
+def newest_verified(
+    store: LocalStore, held: HeldVersions, role: ModelRole.ValueType, *, process: str, timeout: float
+) -> VerifiedVersion:
+    """The newest version that verifies, on the local disk: from the store, or where that is away or empty, one that an
+    earlier process has left here. Those that do not verify are logged. Raises `errors.MissingModel`.
+    """
+    from_store = [manifest.version for manifest in store.versions(role)]
+    tries = [(version, True) for version in from_store] + [(version, False) for version in held.left_here()]
+    for version, in_store in tries:
         try:
-            return store.load(manifest.version)
-        except errors.CorruptCheckpoint as error:
+            return held.fetch(version, timeout=timeout) if in_store else held.load(version)
+        except (errors.CorruptCheckpoint, errors.Unavailable, errors.DeadlineExceeded) as error:
             REFUSED.inc()
-            logger.error("%s is not served: %s", manifest.version, error)
+            logger.error("%s is not served: %s", version, error)
     raise errors.MissingModel(
         f"{process} has no model to serve in {store.root}.",
         remedy="Type `thumbwheel up`, or `python -m trainer --init-only`.",
@@ -41,48 +56,131 @@ def newest_verified(store: LocalStore, role: ModelRole.ValueType, *, process: st
 
 
 class Follower:
-    """Swaps `engine` to each newer stable version of `role`. `run` is a background task."""
+    """Swaps `engine` to the version of `role` that is to be served. `run` is a background task."""
 
-    def __init__(self, *, log: Log, store: LocalStore, engine: Engine, role: ModelRole.ValueType, process: str) -> None:
-        self._log, self._store, self._engine, self._role, self._process = log, store, engine, role, process
+    def __init__(
+        self,
+        *,
+        log: Log,
+        held: HeldVersions,
+        engine: Engine,
+        role: ModelRole.ValueType,
+        process: str,
+        fetch_seconds: float,
+    ) -> None:
+        self._log, self._held, self._engine, self._role, self._process = log, held, engine, role, process
+        self._fetch_seconds = fetch_seconds
+        self._standing: dict[str, VersionEvent] = {}
+        self._settled: set[str] = set()
+        self._changed = asyncio.Event()
 
     async def run(self) -> None:
         """Follows for ever, from the oldest record: what is live already is passed over."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._read())
+                group.create_task(self._act())
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from group
+
+    async def _read(self) -> None:
         producer = self._log.producer()
         consumer = self._log.consumer([topics.VERSIONS], group=f"{self._process}-versions")
         try:
             async for batch in records(consumer):
-                events = []
                 for record in batch:
                     try:
-                        events.append(deadletter.decode(VersionEvent, record))
+                        event = deadletter.decode(VersionEvent, record)
                     except errors.ThumbwheelError as error:
                         await deadletter.bury(producer, record, reason=str(error), consumer=self._process)
-                for event in self._newer(events):
-                    if await self._go_live(event):
-                        break
+                        continue
+                    if event.role == self._role:
+                        self._standing[event.version] = event
+                self._changed.set()
         finally:
             await asyncio.to_thread(producer.close, 5.0)
 
-    def _newer(self, events: Sequence[VersionEvent]) -> list[VersionEvent]:
-        """Stable versions of our role that are newer than what is live, newest first."""
-        live = self._engine.live.manifest.sequence
-        stable = VersionState.VERSION_STATE_STABLE
-        newer = [
-            event for event in events if event.role == self._role and event.state == stable and event.sequence > live
-        ]
-        return sorted(newer, key=lambda event: event.sequence, reverse=True)
+    async def _act(self) -> None:
+        """Takes on what is wanted. What cannot be had now is passed over and tried again, sooner if there is news."""
+        delay = FIRST_RETRY_SECONDS
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            away: set[str] = set()
+            try:
+                while (event := self.wanted(without=away)) is not None:
+                    try:
+                        await self._go_live(event)
+                    except (errors.Unavailable, errors.DeadlineExceeded, errors.NoSpace) as error:
+                        away.add(event.event_id)
+                        self._defer(error)
+                if self._forsaken():
+                    await self._engine.rollback()
+            except errors.Unavailable as error:
+                self._defer(error)
+            await asyncio.to_thread(self._tidy)
+            if away or self._forsaken():
+                asyncio.get_running_loop().call_later(delay, self._changed.set)
+                delay = min(2 * delay, LAST_RETRY_SECONDS)
+            else:
+                delay = FIRST_RETRY_SECONDS
 
-    async def _go_live(self, event: VersionEvent) -> bool:
+    def _defer(self, error: errors.ThumbwheelError) -> None:
+        DEFERRED.inc()
+        logger.warning("no swap now, it is tried again: %s", error, extra={"live": self._engine.version})
+
+    def wanted(self, *, without: Collection[str] = ()) -> VersionEvent | None:
+        """The version to serve in place of the one that is live: the newest stable one that is newer, or any stable one
+        where the live one has been withdrawn. Announcements whose ids are in `without` are passed over.
+        """
+        live = self._engine.live.manifest
+        stable = [
+            event
+            for event in self._standing.values()
+            if event.state == VersionState.VERSION_STATE_STABLE
+            and event.event_id not in self._settled
+            and event.event_id not in without
+            and event.version != live.version
+            and (event.sequence > live.sequence or self._withdrawn())
+        ]
+        return max(stable, key=lambda event: event.sequence, default=None)
+
+    def _forsaken(self) -> bool:
+        """The live version was withdrawn, nothing else is said to be stable (the records may be lost) or can be had,
+        and what was served before is still here.
+        """
+        return self._withdrawn() and self._engine.previous is not None
+
+    def _withdrawn(self) -> bool:
+        event = self._standing.get(self._engine.version)
+        return event is not None and event.state in _WITHDRAWN
+
+    async def _go_live(self, event: VersionEvent) -> None:
+        """Brings a version here and swaps to it. One that is refused or rolled back is not tried again, unless it is
+        announced again.
+        """
         try:
-            target = await asyncio.to_thread(self._store.load, event.version)
-        except errors.CorruptCheckpoint as error:
-            REFUSED.inc()
-            logger.error("%s is refused, serving goes on with %s: %s", event.version, self._engine.version, error)
-            return False
+            with step("fetch", version=event.version):
+                target = await asyncio.to_thread(self._held.fetch, event.version, timeout=self._fetch_seconds)
+        except (errors.CorruptCheckpoint, errors.InvalidArgument) as error:
+            self._refuse(event, str(error))
+            return
         if event.manifest_sha256 != target.manifest_sha256:
-            REFUSED.inc()
-            logger.error("%s is refused: its manifest is not the one that was announced", event.version)
-            return False
+            self._refuse(event, "its manifest is not the one that was announced")
+            return
+        if self._standing[event.version] is not event:
+            return  # there was news of it meanwhile
         swap = await self._engine.swap(target)
-        return swap.outcome == SwapOutcome.SWAP_OUTCOME_LIVE
+        if swap.outcome == SwapOutcome.SWAP_OUTCOME_SUPERSEDED:
+            self._settled.add(event.event_id)
+        if swap.outcome in (SwapOutcome.SWAP_OUTCOME_REFUSED, SwapOutcome.SWAP_OUTCOME_ROLLED_BACK):
+            self._refuse(event, swap.error)
+
+    def _refuse(self, event: VersionEvent, why: str) -> None:
+        self._settled.add(event.event_id)
+        REFUSED.inc()
+        logger.error("%s is refused, serving goes on with %s: %s", event.version, self._engine.version, why)
+
+    def _tidy(self) -> None:
+        keep = [version for version in (self._engine.live, self._engine.previous) if version is not None]
+        self._held.keep_only({version.manifest.version for version in keep})

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,11 +23,12 @@ import uuid_utils
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from thumbwheel.auth import ManifestSigner, ManifestVerifier, create_keys
+from thumbwheel.checkpoints import delta
 from thumbwheel.checkpoints.store import LocalStore, version_name
 from thumbwheel.stream import topics
 from thumbwheel.stream.log import Producer
 from thumbwheel.v1.events_pb2 import VersionEvent
-from thumbwheel.v1.rollout_pb2 import CheckpointManifest, ModelRole, VersionState
+from thumbwheel.v1.rollout_pb2 import CheckpointManifest, ModelRole, Probe, VersionState
 
 VOCABULARY = 320
 CHAT_TEMPLATE = (
@@ -75,6 +77,18 @@ def make_tiny_llama(folder: Path, *, seed: int, reward: bool = False) -> Path:
     return folder
 
 
+def probe_of(model: Path, *, reward: bool = False) -> Probe:
+    """What the trainer would say that the model in a folder computes."""
+    from trainer import models
+
+    prompt, continuation = list(range(10, 30)), list(range(30, 42))
+    if reward:
+        score = models.sequence_score(models.load_scorer(model), [*prompt, *continuation])
+        return Probe(prompt_token_ids=prompt, token_ids=continuation, score=score)
+    logprobs = models.continuation_logprobs(models.load_causal(model), prompt, continuation)
+    return Probe(prompt_token_ids=prompt, token_ids=continuation, logprobs=logprobs)
+
+
 @dataclass
 class Deployment:
     """A home folder with keys and a store, as `thumbwheel up` would make it."""
@@ -91,15 +105,41 @@ class Deployment:
 
     def publish(self, role: ModelRole.ValueType, sequence: int, *, seed: int) -> CheckpointManifest:
         """Publishes a random model as a version."""
-        manifest = CheckpointManifest(
-            version=version_name(role, sequence), role=role, sequence=sequence, base_model="tiny-llama"
-        )
         reward = role == ModelRole.MODEL_ROLE_REWARD
-        return self.store.publish(
-            manifest,
-            lambda folder: (make_tiny_llama(folder, seed=seed, reward=reward), None)[1],
-            ManifestSigner.load(self.home / "keys"),
+        return self._publish(
+            role, sequence, lambda folder: (make_tiny_llama(folder, seed=seed, reward=reward), None)[1]
         )
+
+    def publish_copy(
+        self, role: ModelRole.ValueType, sequence: int, model: Path, *, probes: Sequence[Probe] = (), parent: str = ""
+    ) -> CheckpointManifest:
+        """Publishes the model in a folder as a version; with a delta where there is a parent."""
+
+        def write(folder: Path) -> None:
+            shutil.copytree(model, folder, dirs_exist_ok=True)
+            if parent:
+                path = folder / "model.safetensors"
+                delta.write(self.home / "store" / parent / path.name, path, path.with_name(path.name + delta.SUFFIX))
+
+        return self._publish(role, sequence, write, probes, parent)
+
+    def _publish(
+        self,
+        role: ModelRole.ValueType,
+        sequence: int,
+        write: Callable[[Path], None],
+        probes: Sequence[Probe] = (),
+        parent: str = "",
+    ) -> CheckpointManifest:
+        manifest = CheckpointManifest(
+            version=version_name(role, sequence),
+            role=role,
+            sequence=sequence,
+            parent=parent,
+            base_model="tiny-llama",
+            probes=probes,
+        )
+        return self.store.publish(manifest, write, ManifestSigner.load(self.home / "keys"))
 
 
 def free_port() -> int:

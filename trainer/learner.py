@@ -201,6 +201,10 @@ class Learner:
         """Log-probability of every token of `continuation` after `prompt`, for a policy."""
         return models.continuation_logprobs(self._model, prompt, continuation)
 
+    def probe_score(self, tokens: Sequence[int]) -> float:
+        """Score at the last of `tokens`, for a reward model."""
+        return models.sequence_score(self._model, tokens)
+
     def write_model(self, folder: Path) -> None:
         """Writes weights (bf16, safetensors) and configuration, as Transformers reads them."""
         self._model.save_pretrained(folder)

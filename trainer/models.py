@@ -162,3 +162,11 @@ def continuation_logprobs(model: Any, prompt: Iterable[int], continuation: Itera
         model.get_output_embeddings(), hidden, torch.tensor(continuation, device=device)
     ).tolist()
     return logprobs
+
+
+@torch.no_grad()
+def sequence_score(model: Any, tokens: Iterable[int]) -> float:
+    """A reward model's score at the last of `tokens`, computed as one plain sequence."""
+    ids = torch.tensor([list(tokens)], device=next(model.parameters()).device)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
+    return float(model.score(hidden).float().item())

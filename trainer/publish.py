@@ -17,6 +17,7 @@ from uuid_utils import uuid7
 
 from thumbwheel import errors
 from thumbwheel.auth import ManifestSigner
+from thumbwheel.checkpoints import delta
 from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion, version_name
 from thumbwheel.stream import topics
 from thumbwheel.stream.log import Position, Producer
@@ -31,6 +32,9 @@ SAMPLES = "samples.txt"
 
 PROBE_PROMPT = "Question: What is the capital of France?\nAnswer:"
 PROBE_CONTINUATION = " The capital of France is Paris."
+
+MOST_CHANGED = 0.5
+"""Share of the weights above which no delta is written."""
 
 _FIRST_RETRY_SECONDS = 1.0
 _LAST_RETRY_SECONDS = 30.0
@@ -131,6 +135,26 @@ def probe_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return prompt, continuation
 
 
+def scored_probe_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The same text as a reward model reads it: up to the end-of-text token, at which every version's score is."""
+    prompt, continuation = probe_tokens(tokenizer)
+    return prompt, [*continuation, int(tokenizer.eos_token_id)]
+
+
+def write_deltas(parent: Path, folder: Path) -> None:
+    """Writes, beside the weights in `folder`, how they are made out of those of the version in `parent`.
+
+    Servers that hold the parent then read the delta alone. Where more than half of the weights have changed, or the
+    parent is not in the store any more, there is nothing to be gained, and nothing is written.
+    """
+    for weights in sorted(folder.glob("*.safetensors")):
+        before = parent / weights.name
+        if not before.is_file() or delta.changed_share(before, weights) > MOST_CHANGED:
+            logger.info("no delta is written: too much has changed", extra={"file": weights.name})
+            continue
+        delta.write(before, weights, weights.with_name(weights.name + delta.SUFFIX))
+
+
 def copy_tokenizer(source: VerifiedVersion, folder: Path) -> None:
     """Copies what surrounds the weights of a version: its tokenizer, chat template and generation settings."""
     for file in source.manifest.files:
@@ -157,20 +181,23 @@ def ensure_base(base_model: Path, store: LocalStore, signer: ManifestSigner) -> 
             )
         manifest = CheckpointManifest(version=version, role=role, sequence=0, base_model=base_model.name)
         manifest.lineage.CopyFrom(Lineage(code_version=code_version()))
-        if role == ModelRole.MODEL_ROLE_POLICY:
-            manifest.probes.append(_base_probe(base_model))
+        manifest.probes.append(_base_probe(base_model, role))
         store.publish(manifest, lambda folder, write=write: write(base_model, folder), signer)  # type: ignore[misc]  # mypy cannot infer a lambda with a default
         logger.info("base version published", extra={"version": version})
         made.append(version)
     return made
 
 
-def _base_probe(base_model: Path) -> Probe:
+def _base_probe(base_model: Path, role: ModelRole.ValueType) -> Probe:
     from transformers import AutoTokenizer
 
     from trainer import models
 
-    prompt, continuation = probe_tokens(AutoTokenizer.from_pretrained(str(base_model)))
+    tokenizer = AutoTokenizer.from_pretrained(str(base_model))
+    if role == ModelRole.MODEL_ROLE_REWARD:
+        prompt, response = scored_probe_tokens(tokenizer)
+        return Probe(prompt_token_ids=prompt, token_ids=response, score=0.0)  # its head is made of zeros
+    prompt, continuation = probe_tokens(tokenizer)
     logprobs = models.continuation_logprobs(models.load_causal(base_model).eval(), prompt, continuation)
     return Probe(prompt_token_ids=prompt, token_ids=continuation, logprobs=logprobs)
 

@@ -202,7 +202,7 @@ class Task:
         assert self._folder is not None, "there is nothing to publish before the first checkpoint"
         manifest = json_format.Parse((self._folder / VERSION).read_text(), CheckpointManifest())
         with self._phase("publish"):
-            version = self._publisher.publish(manifest, self._write)
+            version = self._publisher.publish(manifest, lambda folder: self._write(folder, manifest.parent))
             if not self._resident:
                 self._release()
             announced = self._publisher.announce(version)
@@ -274,12 +274,13 @@ class Task:
             self._learner.close()
             self._learner = None
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, parent: str) -> None:
         """Fills a version's folder."""
         assert self._folder is not None
         self._restored().write_model(folder)
         publish.copy_tokenizer(self._base, folder)
         (folder / SAMPLES).write_text((self._folder / SAMPLES).read_text())
+        publish.write_deltas(self._shared.store.root / parent, folder)
 
     def _manifest(self, state: State, samples: int, ids: str, measured: dict[str, float]) -> CheckpointManifest:
         role, settings = self._objective.role, self._shared.settings
@@ -307,6 +308,10 @@ class Task:
             prompt, continuation = publish.probe_tokens(self._encoder.tokenizer)
             logprobs = self._restored().probe(prompt, continuation)
             manifest.probes.append(Probe(prompt_token_ids=prompt, token_ids=continuation, logprobs=logprobs))
+        else:
+            prompt, response = publish.scored_probe_tokens(self._encoder.tokenizer)
+            score = self._restored().probe_score([*prompt, *response])
+            manifest.probes.append(Probe(prompt_token_ids=prompt, token_ids=response, score=score))
         return manifest
 
     def _report(self, report: StepReport, on_step: Callable[[StepReport], None]) -> None:

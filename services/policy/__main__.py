@@ -16,6 +16,7 @@ async def main(settings: PolicySettings) -> None:
     from services.prompts import PromptEncoder
     from services.versions import Follower, newest_verified
     from thumbwheel.auth import ManifestVerifier, ReceiptKey
+    from thumbwheel.checkpoints.held import HeldVersions
     from thumbwheel.checkpoints.store import LocalStore
     from thumbwheel.stream import open_log
     from thumbwheel.v1.policy_pb2_grpc import add_PolicyServiceServicer_to_server
@@ -23,7 +24,9 @@ async def main(settings: PolicySettings) -> None:
 
     key = ReceiptKey.load(settings.keys_path)
     store = LocalStore(settings.store_path, ManifestVerifier.load(settings.keys_path))
-    version = newest_verified(store, ModelRole.MODEL_ROLE_POLICY, process="policy")
+    held = HeldVersions(settings.held_path("policy"), store)
+    role, fetch_seconds = ModelRole.MODEL_ROLE_POLICY, settings.swap_fetch_seconds
+    version = await asyncio.to_thread(newest_verified, store, held, role, process="policy", timeout=fetch_seconds)
     engine = await Engine.start(version, settings, pooling=False)
     log = open_log(settings.bootstrap_servers)
     try:
@@ -31,7 +34,7 @@ async def main(settings: PolicySettings) -> None:
         recorder = Recorder(log, capacity=settings.recorder_capacity)
         limits = Limits(settings.max_model_len, settings.max_tokens, settings.max_in_flight)
         service = PolicyService(engine=engine, encoder=encoder, recorder=recorder, key=key, limits=limits)
-        follower = Follower(log=log, store=store, engine=engine, role=ModelRole.MODEL_ROLE_POLICY, process="policy")
+        follower = Follower(log=log, held=held, engine=engine, role=role, process="policy", fetch_seconds=fetch_seconds)
         await serving.serve(
             process="policy",
             listen=settings.listen,
@@ -45,6 +48,7 @@ async def main(settings: PolicySettings) -> None:
     finally:
         await engine.close()
         log.close()
+        held.close()
 
 
 if __name__ == "__main__":

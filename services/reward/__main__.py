@@ -15,13 +15,16 @@ async def main(settings: RewardSettings) -> None:
     from services.reward.service import RewardService
     from services.versions import Follower, newest_verified
     from thumbwheel.auth import ManifestVerifier
+    from thumbwheel.checkpoints.held import HeldVersions
     from thumbwheel.checkpoints.store import LocalStore
     from thumbwheel.stream import open_log
     from thumbwheel.v1.reward_pb2_grpc import add_RewardServiceServicer_to_server
     from thumbwheel.v1.rollout_pb2 import ModelRole
 
     store = LocalStore(settings.store_path, ManifestVerifier.load(settings.keys_path))
-    version = newest_verified(store, ModelRole.MODEL_ROLE_REWARD, process="reward")
+    held = HeldVersions(settings.held_path("reward"), store)
+    role, fetch_seconds = ModelRole.MODEL_ROLE_REWARD, settings.swap_fetch_seconds
+    version = await asyncio.to_thread(newest_verified, store, held, role, process="reward", timeout=fetch_seconds)
     engine = await Engine.start(version, settings, pooling=True)
     log = open_log(settings.bootstrap_servers)
     try:
@@ -32,7 +35,7 @@ async def main(settings: RewardSettings) -> None:
             max_model_len=settings.max_model_len,
             max_in_flight=settings.max_in_flight,
         )
-        follower = Follower(log=log, store=store, engine=engine, role=ModelRole.MODEL_ROLE_REWARD, process="reward")
+        follower = Follower(log=log, held=held, engine=engine, role=role, process="reward", fetch_seconds=fetch_seconds)
         await serving.serve(
             process="reward",
             listen=settings.listen,
@@ -45,6 +48,7 @@ async def main(settings: RewardSettings) -> None:
     finally:
         await engine.close()
         log.close()
+        held.close()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 SIGNATURE = "manifest.sig"
 
 # Weights are safetensors; everything else is text or a tokenizer's table. What could carry code has no place here.
-ALLOWED_SUFFIXES = (".safetensors", ".json", ".jsonl", ".txt", ".md", ".jinja", ".model", ".tiktoken")
+ALLOWED_SUFFIXES = (".safetensors", ".delta", ".json", ".jsonl", ".txt", ".md", ".jinja", ".model", ".tiktoken")
 
 _ALGORITHM = "ed25519"
 _PREFIXES = {ModelRole.MODEL_ROLE_POLICY: "policy", ModelRole.MODEL_ROLE_REWARD: "reward"}
@@ -86,13 +86,14 @@ def read(folder: Path, verifier: ManifestVerifier) -> tuple[CheckpointManifest, 
     return manifest, data
 
 
-def check_files(folder: Path, manifest: CheckpointManifest) -> None:
-    """Returns where `folder` holds exactly what `manifest` says, byte for byte.
+def check_files(folder: Path, manifest: CheckpointManifest, *, without: str | None = None) -> None:
+    """Returns where `folder` holds exactly what `manifest` says, byte for byte; but for files whose names end in
+    `without`, which are not to be there.
 
     Raises `errors.CorruptCheckpoint` naming the first file that is missing, extra or altered. Cheap checks come first.
     """
     version = folder.name
-    named = {file.path: file for file in manifest.files}
+    named = {file.path: file for file in manifest.files if without is None or not file.path.endswith(without)}
     found = list_files(folder) - {MANIFEST, SIGNATURE}
     for path in sorted(named.keys() - found):
         raise corrupt(version, path, "is missing")

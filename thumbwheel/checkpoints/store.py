@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from uuid_utils import uuid7
 
@@ -124,15 +125,39 @@ class LocalStore:
         Reads every byte (about 1 GB/s). Raises `errors.InvalidArgument` for what is no version's name,
         `errors.NotFound`, and `errors.CorruptCheckpoint` naming the file.
         """
+        folder = self._folder(version)
+        manifest, data = self.read_manifest(folder)
+        manifests.check_files(folder, manifest)
+        return VerifiedVersion(folder, manifest, files.sha256_bytes(data))
+
+    def describe(self, version: str) -> tuple[CheckpointManifest, bytes, bytes]:
+        """A version's manifest, its bytes, and its signature's. The signature holds; no other file has been looked at.
+
+        Raises `errors.InvalidArgument`, `errors.NotFound` and `errors.CorruptCheckpoint`.
+        """
+        folder = self._folder(version)
+        manifest, data = self.read_manifest(folder)
+        return manifest, data, (folder / SIGNATURE).read_bytes()
+
+    def open(self, version: str, path: str) -> BinaryIO:
+        """A file of a version, unverified, to be read and closed. Raises `OSError`."""
+        return (self.root / version / path).open("rb")
+
+    def read_manifest(self, folder: Path) -> tuple[CheckpointManifest, bytes]:
+        """The manifest of the version in any folder and its bytes, once the signature holds.
+
+        Raises `errors.CorruptCheckpoint`.
+        """
+        return manifests.read(folder, self._verifier)
+
+    def _folder(self, version: str) -> Path:
         parse_version(version)
         folder = self.root / version
         if folder.is_symlink() or not folder.is_dir():
             raise errors.NotFound(
                 f"There is no version {version} in {self.root}.", remedy="`thumbwheel versions` lists those there are."
             )
-        manifest, data = manifests.read(folder, self._verifier)
-        manifests.check_files(folder, manifest)
-        return VerifiedVersion(folder, manifest, files.sha256_bytes(data))
+        return folder
 
     @contextmanager
     def _staging(self, version: str) -> Iterator[Path]:

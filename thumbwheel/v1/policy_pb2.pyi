@@ -90,6 +90,8 @@ class _SwapOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SwapOutco
     """Refused before serving was touched: it did not verify."""
     SWAP_OUTCOME_ROLLED_BACK: _SwapOutcome.ValueType  # 3
     """It failed midway, and the version before was put back."""
+    SWAP_OUTCOME_SUPERSEDED: _SwapOutcome.ValueType  # 4
+    """A newer request came while it waited for its turn; serving was not touched."""
 
 class SwapOutcome(_SwapOutcome, metaclass=_SwapOutcomeEnumTypeWrapper):
     """What came of a swap."""
@@ -102,6 +104,8 @@ SWAP_OUTCOME_REFUSED: SwapOutcome.ValueType  # 2
 """Refused before serving was touched: it did not verify."""
 SWAP_OUTCOME_ROLLED_BACK: SwapOutcome.ValueType  # 3
 """It failed midway, and the version before was put back."""
+SWAP_OUTCOME_SUPERSEDED: SwapOutcome.ValueType  # 4
+"""A newer request came while it waited for its turn; serving was not touched."""
 Global___SwapOutcome: _TypeAlias = SwapOutcome  # noqa: Y015
 
 @_typing.final

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bthumbwheel/v1/rollout.proto\x12\rthumbwheel.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"<\n\x0e\x43heckpointFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"K\n\x0bOffsetRange\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\x05\x12\r\n\x05start\x18\x03 \x01(\x03\x12\x0b\n\x03\x65nd\x18\x04 \x01(\x03\"\xd6\x02\n\x07Lineage\x12\x11\n\tobjective\x18\x01 \x01(\t\x12\x36\n\x08settings\x18\x02 \x03(\x0b\x32$.thumbwheel.v1.Lineage.SettingsEntry\x12+\n\x07offsets\x18\x03 \x03(\x0b\x32\x1a.thumbwheel.v1.OffsetRange\x12\x14\n\x0csample_count\x18\x04 \x01(\x04\x12\x16\n\x0esamples_sha256\x18\x05 \x01(\t\x12\x19\n\x11reference_version\x18\x06 \x01(\t\x12\x16\n\x0ereward_version\x18\x07 \x01(\t\x12\x14\n\x0c\x63ode_version\x18\x08 \x01(\t\x12\r\n\x05steps\x18\t \x01(\x04\x12\x1c\n\x14retracted_sample_ids\x18\n \x03(\t\x1a/\n\rSettingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"F\n\x05Probe\x12\x18\n\x10prompt_token_ids\x18\x01 \x03(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\"\xb1\x03\n\x12\x43heckpointManifest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x04role\x18\x02 \x01(\x0e\x32\x18.thumbwheel.v1.ModelRole\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x0e\n\x06parent\x18\x04 \x01(\t\x12,\n\x05\x66iles\x18\x05 \x03(\x0b\x32\x1d.thumbwheel.v1.CheckpointFile\x12\'\n\x07lineage\x18\x06 \x01(\x0b\x32\x16.thumbwheel.v1.Lineage\x12?\n\x07metrics\x18\x07 \x03(\x0b\x32..thumbwheel.v1.CheckpointManifest.MetricsEntry\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x06probes\x18\t \x03(\x0b\x32\x14.thumbwheel.v1.Probe\x12\x12\n\nbase_model\x18\n \x01(\t\x12\x0e\n\x06key_id\x18\x0b \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"n\n\x0bVersionInfo\x12\x33\n\x08manifest\x18\x01 \x01(\x0b\x32!.thumbwheel.v1.CheckpointManifest\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.thumbwheel.v1.VersionState\"L\n\x13ListVersionsRequest\x12&\n\x04role\x18\x01 \x01(\x0e\x32\x18.thumbwheel.v1.ModelRole\x12\r\n\x05limit\x18\x02 \x01(\r\"D\n\x14ListVersionsResponse\x12,\n\x08versions\x18\x01 \x03(\x0b\x32\x1a.thumbwheel.v1.VersionInfo\"1\n\x0ePromoteRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\">\n\x0fPromoteResponse\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.thumbwheel.v1.VersionInfo\"I\n\x0fRollbackRequest\x12&\n\x04role\x18\x01 \x01(\x0e\x32\x18.thumbwheel.v1.ModelRole\x12\x0e\n\x06reason\x18\x02 \x01(\t\"?\n\x10RollbackResponse\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.thumbwheel.v1.VersionInfo*U\n\tModelRole\x12\x1a\n\x16MODEL_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11MODEL_ROLE_POLICY\x10\x01\x12\x15\n\x11MODEL_ROLE_REWARD\x10\x02*\xb8\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17VERSION_STATE_PUBLISHED\x10\x01\x12\x18\n\x14VERSION_STATE_CANARY\x10\x02\x12\x18\n\x14VERSION_STATE_STABLE\x10\x03\x12\x19\n\x15VERSION_STATE_REFUSED\x10\x04\x12\x1d\n\x19VERSION_STATE_ROLLED_BACK\x10\x05\x32\x80\x02\n\x0eRolloutService\x12W\n\x0cListVersions\x12\".thumbwheel.v1.ListVersionsRequest\x1a#.thumbwheel.v1.ListVersionsResponse\x12H\n\x07Promote\x12\x1d.thumbwheel.v1.PromoteRequest\x1a\x1e.thumbwheel.v1.PromoteResponse\x12K\n\x08Rollback\x12\x1e.thumbwheel.v1.RollbackRequest\x1a\x1f.thumbwheel.v1.RollbackResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bthumbwheel/v1/rollout.proto\x12\rthumbwheel.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"<\n\x0e\x43heckpointFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"K\n\x0bOffsetRange\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x11\n\tpartition\x18\x02 \x01(\x05\x12\r\n\x05start\x18\x03 \x01(\x03\x12\x0b\n\x03\x65nd\x18\x04 \x01(\x03\"\xd6\x02\n\x07Lineage\x12\x11\n\tobjective\x18\x01 \x01(\t\x12\x36\n\x08settings\x18\x02 \x03(\x0b\x32$.thumbwheel.v1.Lineage.SettingsEntry\x12+\n\x07offsets\x18\x03 \x03(\x0b\x32\x1a.thumbwheel.v1.OffsetRange\x12\x14\n\x0csample_count\x18\x04 \x01(\x04\x12\x16\n\x0esamples_sha256\x18\x05 \x01(\t\x12\x19\n\x11reference_version\x18\x06 \x01(\t\x12\x16\n\x0ereward_version\x18\x07 \x01(\t\x12\x14\n\x0c\x63ode_version\x18\x08 \x01(\t\x12\r\n\x05steps\x18\t \x01(\x04\x12\x1c\n\x14retracted_sample_ids\x18\n \x03(\t\x1a/\n\rSettingsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"d\n\x05Probe\x12\x18\n\x10prompt_token_ids\x18\x01 \x03(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12\x12\n\x05score\x18\x04 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_score\"\xb1\x03\n\x12\x43heckpointManifest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x04role\x18\x02 \x01(\x0e\x32\x18.thumbwheel.v1.ModelRole\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x0e\n\x06parent\x18\x04 \x01(\t\x12,\n\x05\x66iles\x18\x05 \x03(\x0b\x32\x1d.thumbwheel.v1.CheckpointFile\x12\'\n\x07lineage\x18\x06 \x01(\x0b\x32\x16.thumbwheel.v1.Lineage\x12?\n\x07metrics\x18\x07 \x03(\x0b\x32..thumbwheel.v1.CheckpointManifest.MetricsEntry\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x06probes\x18\t \x03(\x0b\x32\x14.thumbwheel.v1.Probe\x12\x12\n\nbase_model\x18\n \x01(\t\x12\x0e\n\x06key_id\x18\x0b \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"n\n\x0bVersionInfo\x12\x33\n\x08manifest\x18\x01 \x01(\x0b\x32!.thumbwheel.v1.CheckpointManifest\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.thumbwheel.v1.VersionState\"L\n\x13ListVersionsRequest\x12&\n\x04role\x18\x01 \x01(\x0e\x32\x18.thumbwheel.v1.ModelRole\x12\r\n\x05limit\x18\x02 \x01(\r\"D\n\x14ListVersionsResponse\x12,\n\x08versions\x18\x01 \x03(\x0b\x32\x1a.thumbwheel.v1.VersionInfo\"1\n\x0ePromoteRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\">\n\x0fPromoteResponse\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.thumbwheel.v1.VersionInfo\"I\n\x0fRollbackRequest\x12&\n\x04role\x18\x01 \x01(\x0e\x32\x18.thumbwheel.v1.ModelRole\x12\x0e\n\x06reason\x18\x02 \x01(\t\"?\n\x10RollbackResponse\x12+\n\x07version\x18\x01 \x01(\x0b\x32\x1a.thumbwheel.v1.VersionInfo*U\n\tModelRole\x12\x1a\n\x16MODEL_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11MODEL_ROLE_POLICY\x10\x01\x12\x15\n\x11MODEL_ROLE_REWARD\x10\x02*\xb8\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x1b\n\x17VERSION_STATE_PUBLISHED\x10\x01\x12\x18\n\x14VERSION_STATE_CANARY\x10\x02\x12\x18\n\x14VERSION_STATE_STABLE\x10\x03\x12\x19\n\x15VERSION_STATE_REFUSED\x10\x04\x12\x1d\n\x19VERSION_STATE_ROLLED_BACK\x10\x05\x32\x80\x02\n\x0eRolloutService\x12W\n\x0cListVersions\x12\".thumbwheel.v1.ListVersionsRequest\x1a#.thumbwheel.v1.ListVersionsResponse\x12H\n\x07Promote\x12\x1d.thumbwheel.v1.PromoteRequest\x1a\x1e.thumbwheel.v1.PromoteResponse\x12K\n\x08Rollback\x12\x1e.thumbwheel.v1.RollbackRequest\x1a\x1f.thumbwheel.v1.RollbackResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,10 +36,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LINEAGE_SETTINGSENTRY']._serialized_options = b'8\001'
   _globals['_CHECKPOINTMANIFEST_METRICSENTRY']._loaded_options = None
   _globals['_CHECKPOINTMANIFEST_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_MODELROLE']._serialized_start=1586
-  _globals['_MODELROLE']._serialized_end=1671
-  _globals['_VERSIONSTATE']._serialized_start=1674
-  _globals['_VERSIONSTATE']._serialized_end=1858
+  _globals['_MODELROLE']._serialized_start=1616
+  _globals['_MODELROLE']._serialized_end=1701
+  _globals['_VERSIONSTATE']._serialized_start=1704
+  _globals['_VERSIONSTATE']._serialized_end=1888
   _globals['_CHECKPOINTFILE']._serialized_start=79
   _globals['_CHECKPOINTFILE']._serialized_end=139
   _globals['_OFFSETRANGE']._serialized_start=141
@@ -49,25 +49,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LINEAGE_SETTINGSENTRY']._serialized_start=514
   _globals['_LINEAGE_SETTINGSENTRY']._serialized_end=561
   _globals['_PROBE']._serialized_start=563
-  _globals['_PROBE']._serialized_end=633
-  _globals['_CHECKPOINTMANIFEST']._serialized_start=636
-  _globals['_CHECKPOINTMANIFEST']._serialized_end=1069
-  _globals['_CHECKPOINTMANIFEST_METRICSENTRY']._serialized_start=1023
-  _globals['_CHECKPOINTMANIFEST_METRICSENTRY']._serialized_end=1069
-  _globals['_VERSIONINFO']._serialized_start=1071
-  _globals['_VERSIONINFO']._serialized_end=1181
-  _globals['_LISTVERSIONSREQUEST']._serialized_start=1183
-  _globals['_LISTVERSIONSREQUEST']._serialized_end=1259
-  _globals['_LISTVERSIONSRESPONSE']._serialized_start=1261
-  _globals['_LISTVERSIONSRESPONSE']._serialized_end=1329
-  _globals['_PROMOTEREQUEST']._serialized_start=1331
-  _globals['_PROMOTEREQUEST']._serialized_end=1380
-  _globals['_PROMOTERESPONSE']._serialized_start=1382
-  _globals['_PROMOTERESPONSE']._serialized_end=1444
-  _globals['_ROLLBACKREQUEST']._serialized_start=1446
-  _globals['_ROLLBACKREQUEST']._serialized_end=1519
-  _globals['_ROLLBACKRESPONSE']._serialized_start=1521
-  _globals['_ROLLBACKRESPONSE']._serialized_end=1584
-  _globals['_ROLLOUTSERVICE']._serialized_start=1861
-  _globals['_ROLLOUTSERVICE']._serialized_end=2117
+  _globals['_PROBE']._serialized_end=663
+  _globals['_CHECKPOINTMANIFEST']._serialized_start=666
+  _globals['_CHECKPOINTMANIFEST']._serialized_end=1099
+  _globals['_CHECKPOINTMANIFEST_METRICSENTRY']._serialized_start=1053
+  _globals['_CHECKPOINTMANIFEST_METRICSENTRY']._serialized_end=1099
+  _globals['_VERSIONINFO']._serialized_start=1101
+  _globals['_VERSIONINFO']._serialized_end=1211
+  _globals['_LISTVERSIONSREQUEST']._serialized_start=1213
+  _globals['_LISTVERSIONSREQUEST']._serialized_end=1289
+  _globals['_LISTVERSIONSRESPONSE']._serialized_start=1291
+  _globals['_LISTVERSIONSRESPONSE']._serialized_end=1359
+  _globals['_PROMOTEREQUEST']._serialized_start=1361
+  _globals['_PROMOTEREQUEST']._serialized_end=1410
+  _globals['_PROMOTERESPONSE']._serialized_start=1412
+  _globals['_PROMOTERESPONSE']._serialized_end=1474
+  _globals['_ROLLBACKREQUEST']._serialized_start=1476
+  _globals['_ROLLBACKREQUEST']._serialized_end=1549
+  _globals['_ROLLBACKRESPONSE']._serialized_start=1551
+  _globals['_ROLLBACKRESPONSE']._serialized_end=1614
+  _globals['_ROLLOUTSERVICE']._serialized_start=1891
+  _globals['_ROLLOUTSERVICE']._serialized_end=2147
 # @@protoc_insertion_point(module_scope)

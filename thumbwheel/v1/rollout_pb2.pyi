@@ -230,13 +230,16 @@ Global___Lineage: _TypeAlias = Lineage  # noqa: Y015
 
 @_typing.final
 class Probe(_message.Message):
-    """Log-probabilities that a server must reproduce after loading the version."""
+    """What a server must reproduce after loading the version: log-probabilities of a policy, the score of a reward model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    score: _builtins.float
+    """A reward model's score of prompt and continuation, read at the last token; left out for a policy."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids of a fixed prompt."""
@@ -247,7 +250,7 @@ class Probe(_message.Message):
 
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """The continuation's log-probabilities, as the trainer computed them."""
+        """The continuation's log-probabilities, as the trainer computed them; empty for a reward model."""
 
     def __init__(
         self,
@@ -255,12 +258,15 @@ class Probe(_message.Message):
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        score: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "score", b"score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "prompt_token_ids", b"prompt_token_ids", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "logprobs", b"logprobs", "prompt_token_ids", b"prompt_token_ids", "score", b"score", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__score: _TypeAlias = _typing.Literal["score"]  # noqa: Y015
+    _WhichOneofArgType__score: _TypeAlias = _typing.Literal["_score", b"_score"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__score) -> _WhichOneofReturnType__score | None: ...
 
 Global___Probe: _TypeAlias = Probe  # noqa: Y015
 
@@ -315,7 +321,7 @@ class CheckpointManifest(_message.Message):
     """Which key signed the manifest."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___CheckpointFile]:
-        """Every file of the version but the manifest and its signature."""
+        """Every file of the version but the manifest and its signature. A file called `X.delta` makes `X` out of the parent's."""
 
     @_builtins.property
     def lineage(self) -> Global___Lineage:

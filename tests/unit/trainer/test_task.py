@@ -15,12 +15,14 @@ from tests.support import Deployment
 from tests.unit.trainer.test_ingest import comparison
 from thumbwheel import errors
 from thumbwheel.auth import ManifestSigner
+from thumbwheel.checkpoints import delta
 from thumbwheel.stream import topics
 from thumbwheel.stream.memory import MemoryLog
 from thumbwheel.v1.events_pb2 import ComparisonState, VersionEvent
 from thumbwheel.v1.rollout_pb2 import ModelRole, VersionState
 from trainer import loop, publish
 from trainer.config import TaskName, TrainerSettings
+from trainer.models import load_scorer, sequence_score
 from trainer.task import Shared, Task
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -199,8 +201,31 @@ def test_the_manifest_says_what_was_measured_and_how(shared: Shared) -> None:
     assert policy.lineage.settings["learning_rate"] == "0.001"
     assert {"loss", "margin", "accuracy", "grad_norm"} <= set(policy.metrics) & set(reward.metrics)
     assert len(policy.probes) == 1
-    assert len(reward.probes) == 0
+    assert len(policy.probes[0].logprobs) == len(policy.probes[0].token_ids)
+    scorer = load_scorer(shared.store.root / "reward-000001")
+    tokens = [*reward.probes[0].prompt_token_ids, *reward.probes[0].token_ids]
+    assert reward.probes[0].score == pytest.approx(sequence_score(scorer, tokens), abs=1e-6)
+    assert reward.probes[0].score != 0.0
     assert (policy.lineage.objective, reward.lineage.objective) == ("dpo", "reward")
+
+
+def test_a_version_comes_with_its_delta(shared: Shared) -> None:
+    slow = shared.settings.model_copy(update={"policy_learning_rate": 1e-5})
+    rounds(dataclasses.replace(shared, settings=slow), 1)
+    parent, child = (shared.store.load(f"policy-00000{number}") for number in (0, 1))
+    (packed,) = (file for file in child.manifest.files if file.path.endswith(delta.SUFFIX))
+    (weights,) = (file for file in child.manifest.files if file.path == "model.safetensors")
+    assert packed.path == "model.safetensors.delta"
+    made = shared.store.root.parent / "made"
+    delta.apply(parent.path / weights.path, child.path / packed.path, made, sha256=weights.sha256)
+    assert made.read_bytes() == (child.path / weights.path).read_bytes()
+
+
+def test_no_delta_is_written_where_most_has_changed(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publish, "MOST_CHANGED", 0.0)
+    rounds(shared, 1)
+    version = shared.store.load("policy-000001")
+    assert [file.path for file in version.manifest.files if file.path.endswith(delta.SUFFIX)] == []
 
 
 def test_while_the_broker_is_away_it_says_so_and_tries_again(

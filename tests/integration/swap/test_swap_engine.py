@@ -1,0 +1,254 @@
+"""Swaps of a real engine: what a probe computes, and that after whatever fails the old weights are back to the bit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from services.config import EngineSettings
+from services.engine import Engine
+from tests.support import Deployment, make_tiny_llama, probe_of
+from thumbwheel.checkpoints.store import VerifiedVersion
+from thumbwheel.v1.policy_pb2 import SwapOutcome
+from thumbwheel.v1.rollout_pb2 import ModelRole, Probe
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
+POLICY, REWARD = ModelRole.MODEL_ROLE_POLICY, ModelRole.MODEL_ROLE_REWARD
+LIVE, ROLLED_BACK = SwapOutcome.SWAP_OUTCOME_LIVE, SwapOutcome.SWAP_OUTCOME_ROLLED_BACK
+
+Answers = list[tuple[list[int], list[float]]]
+
+
+@dataclass
+class World:
+    """An engine on version 0 of three that fit it, each with its probe."""
+
+    engine: Engine
+    versions: list[VerifiedVersion]
+
+    async def on(self, index: int) -> None:
+        """Makes a version live, where it is not."""
+        if self.engine.version != self.versions[index].manifest.version:
+            assert (await self.engine.swap(self.versions[index])).outcome == LIVE
+
+    async def answer(self, prompt: list[int], name: str, **params: Any) -> Any:
+        """A response, whole."""
+        import vllm
+
+        prompts = vllm.TokensPrompt(prompt_token_ids=prompt)
+        sampling = vllm.SamplingParams(**{"temperature": 0.0, "logprobs": 0, "ignore_eos": True, **params})
+        return [output async for output in self.engine.llm.generate(prompts, sampling, name)][-1]
+
+    async def answers(self) -> Answers:
+        """Tokens and log-probabilities of a few prompts, one at a time, so that batching cannot differ."""
+        found = []
+        for number in range(4):
+            output = (await self.answer([5 + number, 9, 40], f"check-{number}", max_tokens=20)).outputs[0]
+            ids = list(output.token_ids)
+            found.append((ids, [step[i].logprob for i, step in zip(ids, output.logprobs, strict=True)]))
+        return found
+
+
+def publish(deployment: Deployment, folder: Path, role: ModelRole.ValueType) -> list[VerifiedVersion]:
+    """Three versions with probes."""
+    reward, versions = role == REWARD, []
+    for number in range(3):
+        model = make_tiny_llama(folder / str(number), seed=number, reward=reward)
+        manifest = deployment.publish_copy(role, number, model, probes=[probe_of(model, reward=reward)])
+        versions.append(deployment.store.load(manifest.version))
+    return versions
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    """A policy. Functions may be sent to its workers, which is how they are sabotaged."""
+    home = tmp_path_factory.mktemp("home")
+    versions = publish(Deployment(home), tmp_path_factory.mktemp("models"), POLICY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+        engine = await Engine.start(versions[0], EngineSettings(home=home), pooling=False)
+        yield World(engine, versions)
+        await engine.close()
+
+
+def with_probe(version: VerifiedVersion, probe: Probe) -> VerifiedVersion:
+    """A version whose manifest tells of something else."""
+    changed = type(version.manifest)()
+    changed.CopyFrom(version.manifest)
+    del changed.probes[:]
+    changed.probes.append(probe)
+    return replace(version, manifest=changed)
+
+
+async def test_a_probe_is_what_a_request_would_be_told(world: World) -> None:
+    await world.on(0)
+    probe = world.versions[0].manifest.probes[0]
+    prompt, continuation = list(probe.prompt_token_ids), list(probe.token_ids)
+    await world.engine.llm.pause_generation(mode="keep", clear_cache=True)
+    (found,) = await world.engine.llm.collective_rpc("probe_logprobs", args=(prompt, continuation))
+    await world.engine.llm.resume_generation()
+    output = await world.answer([*prompt, *continuation], "told", max_tokens=1, prompt_logprobs=0)
+    told = [
+        step[token].logprob for token, step in zip(continuation, output.prompt_logprobs[len(prompt) :], strict=True)
+    ]
+    assert found == pytest.approx(told, abs=1e-6)
+    assert found == pytest.approx(list(probe.logprobs), abs=0.3)  # both compute in bf16
+    assert max(found) - min(found) > 1.0
+
+
+async def test_requests_in_flight_go_on_around_a_probe(world: World) -> None:
+    """A probe takes a place in the batch, and leaves no trace there."""
+    await world.on(0)
+    alone = await world.answer([7, 8, 9], "alone", max_tokens=120)
+    begun = asyncio.create_task(world.answer([7, 8, 9], "met", max_tokens=120))
+    for _ in range(3):
+        await world.engine.llm.pause_generation(mode="keep", clear_cache=True)
+        await world.engine.llm.collective_rpc("probe_logprobs", args=([3, 4], [5, 6]))
+        await world.engine.llm.resume_generation()
+    assert (await begun).outputs[0].token_ids == alone.outputs[0].token_ids
+
+
+async def test_a_swap_and_the_way_back_are_exact(world: World) -> None:
+    await world.on(0)
+    old = await world.answers()
+    await world.on(1)
+    assert await world.answers() != old
+    assert world.engine.previous is world.versions[0]
+    assert (await world.engine.rollback()).outcome == LIVE
+    assert await world.answers() == old
+
+
+def break_next_load(worker: Any, after: int) -> None:
+    """Runs in the worker: the next load fails once it has read `after` tensors."""
+    model = worker.model_runner.get_model()
+    load = model.load_weights
+
+    def load_weights(weights: Any) -> Any:
+        del model.load_weights
+
+        def some() -> Any:
+            for number, item in enumerate(weights):
+                if number == after:
+                    raise OSError("the disk is gone")
+                yield item
+
+        return load(some())
+
+    model.load_weights = load_weights
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 7, 15])
+async def test_a_load_that_fails_midway_leaves_the_old_weights(world: World, after: int) -> None:
+    """Also where a layer had some of its new weights: they must not count when the old ones are loaded."""
+    await world.on(0)
+    old = await world.answers()
+    running = [asyncio.create_task(world.answer([6, n], f"run-{after}-{n}", max_tokens=200)) for n in range(4)]
+    await world.engine.llm.collective_rpc(break_next_load, args=(after,))
+    swap = await world.engine.swap(world.versions[1])
+    assert swap.outcome == ROLLED_BACK
+    assert "the disk is gone" in swap.error
+    assert [len((await task).outputs[0].token_ids) for task in running] == [200] * 4
+    assert await world.answers() == old
+    await world.on(2)
+    after_good = await world.answers()
+    await world.on(0)
+    await world.on(2)
+    assert await world.answers() == after_good
+
+
+async def test_a_version_that_does_not_reproduce_its_probe_is_undone(world: World) -> None:
+    await world.on(0)
+    old = await world.answers()
+    running = asyncio.create_task(world.answer([3, 3], "run-probe", max_tokens=200))
+    swap = await world.engine.swap(with_probe(world.versions[1], world.versions[2].manifest.probes[0]))
+    assert swap.outcome == ROLLED_BACK
+    assert "does not compute what its manifest says" in swap.error
+    spans = (await running).outputs[0].weight_versions
+    assert {span.version for span in spans} == {"policy-000000"}
+    assert await world.answers() == old
+
+
+async def test_a_load_that_is_too_slow_is_undone(world: World) -> None:
+    await world.on(0)
+    old = await world.answers()
+    swapper = world.engine._swapper
+    settings = swapper._settings
+    swapper._settings = settings.model_copy(update={"swap_load_seconds": 0.001})
+    swap = await world.engine.swap(world.versions[1])
+    swapper._settings = settings
+    assert swap.outcome == ROLLED_BACK
+    assert "TimeoutError" in swap.error
+    assert await world.answers() == old
+
+
+async def test_what_becomes_of_requests_in_flight_is_as_the_mode_says(world: World) -> None:
+    for mode, length, spans in (
+        ("wait", 150, {"policy-000000"}),
+        ("abort", None, {"policy-000000"}),
+        ("keep", 150, {"policy-000000", "policy-000001"}),
+    ):
+        await world.on(0)
+        first = asyncio.Event()
+
+        async def one(name: str = mode, first: asyncio.Event = first) -> Any:
+            import vllm
+
+            sampling = vllm.SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=150)
+            outputs = []
+            async for output in world.engine.llm.generate(vllm.TokensPrompt(prompt_token_ids=[4, 2]), sampling, name):
+                outputs.append(output.outputs[0])
+                first.set()
+            return outputs[-1]
+
+        task = asyncio.create_task(one())
+        await first.wait()
+        assert (await world.engine.swap(world.versions[1], mode=mode)).outcome == LIVE  # type: ignore[arg-type]  # one of the three
+        output = await task
+        assert {span.version for span in output.weight_versions or ()} <= spans
+        if length is None:
+            assert output.finish_reason == "abort"
+            assert len(output.token_ids) < 150
+        else:
+            assert output.finish_reason == "length"
+            assert len(output.token_ids) == length
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def scorer(tmp_path_factory: pytest.TempPathFactory, world: World) -> AsyncIterator[World]:
+    """A reward model."""
+    home = tmp_path_factory.mktemp("home")
+    versions = publish(Deployment(home), tmp_path_factory.mktemp("models"), REWARD)
+    engine = await Engine.start(versions[0], EngineSettings(home=home), pooling=True)
+    yield World(engine, versions)
+    await engine.close()
+
+
+async def _score(engine: Engine, tokens: list[int], name: str) -> float:
+    import vllm
+
+    params = vllm.PoolingParams(task="classify", use_activation=False)
+    async for output in engine.llm.encode(vllm.TokensPrompt(prompt_token_ids=tokens), params, name):
+        return float(output.outputs.data.float().item())
+    raise AssertionError("no score")
+
+
+async def test_a_score_is_probed_and_a_wrong_one_undone(scorer: World) -> None:
+    probe = scorer.versions[0].manifest.probes[0]
+    tokens = [*probe.prompt_token_ids, *probe.token_ids]
+    await scorer.engine.llm.pause_generation(mode="keep", clear_cache=True)
+    (found,) = await scorer.engine.llm.collective_rpc("probe_score", args=(tokens,))
+    await scorer.engine.llm.resume_generation()
+    assert found == pytest.approx([await _score(scorer.engine, tokens, "told")], abs=1e-6)
+    assert found == pytest.approx([probe.score], abs=0.1)  # both compute in bf16
+    wrong = Probe(prompt_token_ids=probe.prompt_token_ids, token_ids=probe.token_ids, score=probe.score + 9)
+    swap = await scorer.engine.swap(with_probe(scorer.versions[1], wrong))
+    assert swap.outcome == ROLLED_BACK
+    assert [await _score(scorer.engine, tokens, "after")] == found
+    assert (await scorer.engine.swap(scorer.versions[1])).outcome == LIVE
+    assert [await _score(scorer.engine, tokens, "other")] != found
