@@ -100,7 +100,7 @@ def test_being_stopped_leaves_nothing(tmp_path: Path, policy_path: Path) -> None
     asked: list[bool] = []
 
     def stop() -> bool:
-        asked.append(len(asked) >= len(PAIRS) + 3)  # once a line, for the reference, and then within the round
+        asked.append(len(asked) >= len(PAIRS) + 2)  # once a line, for the reference, and then within the round
         return asked[-1]
 
     with pytest.raises(Stopped):
