@@ -26,7 +26,7 @@ from trainer import batch as batches
 from trainer import inference, models, runtime
 from trainer.batch import Batch
 from trainer.config import LearningSettings
-from trainer.losses.base import Objective, PerSample, Prepared, Round, units
+from trainer.losses.base import PerSample, Prepared, Round, units
 from trainer.losses.mixture import Mixture, Term
 from trainer.samples import Sample
 
@@ -49,7 +49,7 @@ class StepReport:
     grad_norm: float
     """Before clipping."""
     measures: Mapping[str, float]
-    """What the objectives measured, such as `margin`; and the loss of each, where there are several."""
+    """What the objective measured, such as `margin`; in a mixture `dpo_margin`, and `dpo_loss`, and so on."""
 
     def numbers(self) -> dict[str, float]:
         """Everything that can be averaged over steps."""
@@ -121,13 +121,13 @@ class Learner:
             report = self._step(step, rounds, prepared, stop, number, len(plan))
             on_step(report)
             reports.append(report)
-        measured = {name: value for found in prepared.values() for name, value in found.measures.items()}
-        measured |= _means(reports)
-        for name, round in rounds.items():
-            count = sum(map(units, round.samples))
-            objective = self._by_name(name)
-            self._states[name] = objective.next_state(self._states[name], measured, count)
-        return measured | {"learn_seconds": time.perf_counter() - started}
+        measured: dict[str, float] = {}
+        for term in self._objective.terms:
+            if (name := term.objective.name) in rounds:
+                found, count = prepared[name].measures, sum(map(units, rounds[name].samples))
+                self._states[name] = term.objective.next_state(self._states[name], found, count)
+                measured |= self._named(term, found)
+        return measured | _means(reports) | {"learn_seconds": time.perf_counter() - started}
 
     def _prepare(
         self, samples: Sequence[Sample], reference: PerSample, steps: int, stop: Callable[[], bool]
@@ -163,9 +163,7 @@ class Learner:
                 name = term.objective.name
                 loss, measures = self._accumulate(term, mine, rounds[name], prepared[name], stop)
                 total += term.weight * loss
-                measured |= measures
-                if len(self._objective.terms) > 1:
-                    measured[f"{name}_loss"] = loss
+                measured |= self._named(term, {"loss": loss, **measures})
         self._engine.step()
         grad_norm = float(self._engine.get_global_grad_norm())
         self._require_finite("gradient norm", grad_norm)
@@ -245,8 +243,11 @@ class Learner:
             frozen = self.steps_done < wanted.frozen_steps
             group["lr"] = 0.0 if frozen else wanted.learning_rate * factor
 
-    def _by_name(self, name: str) -> Objective:
-        return next(term.objective for term in self._objective.terms if term.objective.name == name)
+    def _named(self, term: Term, measures: Mapping[str, float]) -> dict[str, float]:
+        """Measures as they are reported: in a mixture, each under the objective's name."""
+        if len(self._objective.terms) == 1:
+            return {name: value for name, value in measures.items() if name != "loss"}
+        return {f"{term.objective.name}_{name}": value for name, value in measures.items()}
 
     @contextlib.contextmanager
     def _recomputing(self, wanted: bool) -> Iterator[None]:

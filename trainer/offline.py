@@ -88,7 +88,7 @@ def run(settings: OfflineSettings, stop: Callable[[], bool]) -> None:
     if settings.output_path.exists():
         raise errors.Conflict(f"{settings.output_path} is there already.", remedy="Name another folder by --output.")
     base_model = base.fetch(settings.base_model or None, progress=sys.stderr.isatty())
-    plan = _plan(terms, records, base_model, settings)
+    plan = _plan(terms, records, base_model, settings, stop)
     for about, text in plan.lines(settings, base_model):
         print(f"{about:<12}{text}", flush=True)
     if settings.dry_run:
@@ -101,7 +101,11 @@ def run(settings: OfflineSettings, stop: Callable[[], bool]) -> None:
 
 
 def _plan(
-    terms: Mapping[str, float], records: Sequence[dataset.Record], base_model: Path, settings: OfflineSettings
+    terms: Mapping[str, float],
+    records: Sequence[dataset.Record],
+    base_model: Path,
+    settings: OfflineSettings,
+    stop: Callable[[], bool],
 ) -> Plan:
     kinds = {losses.kind(name) for name in terms}
     unused: dict[str, int] = {}
@@ -118,7 +122,12 @@ def _plan(
             remedy=f"Use one of {', '.join(names)}.",
         )
     encoder = _encoder(base_model, settings.max_length)
-    return Plan(terms, tuple(encoder.sample(record) for record in wanted), unused)
+    samples = []
+    for record in wanted:
+        if stop():
+            raise runtime.Stopped
+        samples.append(encoder.sample(record))
+    return Plan(terms, tuple(samples), unused)
 
 
 def _encoder(base_model: Path, max_length: int) -> RecordEncoder:

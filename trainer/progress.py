@@ -36,7 +36,7 @@ def line(task: str) -> Iterator[Callable[[StepReport], None]]:
 
 def summary(report: StepReport) -> str:
     """A step in a few words: its loss, and what tells most of the objective."""
-    shown = [f"{name} {report.measures[name]:.3f}" for name in _TELLING if name in report.measures]
+    shown = [f"{name} {value:.3f}" for name, value in report.measures.items() if name.endswith(_TELLING)]
     return ", ".join([f"loss {report.loss:.3f}", *shown])
 
 

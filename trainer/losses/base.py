@@ -134,7 +134,7 @@ class Objective:
         raise NotImplementedError
 
     def next_state(self, state: Mapping[str, float], measures: Mapping[str, float], units: int) -> dict[str, float]:
-        """The state after a round of so many units with these measures."""
+        """The state after a round of so many units, for which `prepare` measured this."""
         return dict(state)
 
     def settings(self) -> dict[str, str]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from thumbwheel import errors
 from trainer import models
 from trainer.batch import Batch
 from trainer.losses import policy_gradient
@@ -105,9 +106,17 @@ class Ppo(Objective):
         return self.kl_weight > 0
 
     def load(self, path: Path) -> models.ActorCritic:
-        """The policy in `path`, and a critic: the reward model of the settings, or a zero head on the policy's body."""
-        critic = models.load_scorer(Path(self.critic_model)) if self.critic_model else models.new_scorer(path)
-        return models.ActorCritic(models.load_causal(path), critic)
+        """The policy in `path`, and a critic: the reward model of the settings, or a zero head on the policy's body.
+
+        Raises `errors.MissingModel` and `errors.FailedPrecondition`.
+        """
+        if not self.critic_model:
+            return models.ActorCritic(models.load_causal(path), models.new_scorer(path))
+        if not Path(self.critic_model, "config.json").is_file():
+            raise errors.MissingModel(
+                f"There is no model in {self.critic_model}.", remedy="Name a reward model's folder by --critic-model."
+            )
+        return models.ActorCritic(models.load_causal(path), models.load_scorer(Path(self.critic_model)))
 
     def parameter_groups(self, model: models.ActorCritic, learning_rate: float) -> list[ParameterGroup]:
         """The policy, which waits for the critic to warm up, and the critic."""

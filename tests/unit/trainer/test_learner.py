@@ -228,17 +228,22 @@ def test_every_objective_lowers_its_loss(text: str, policy_path: Path) -> None:
         assert reports[-1].measures["clip_fraction"] > 0.0
 
 
-def test_a_mixture_is_the_sum_of_its_terms(policy_path: Path) -> None:
+@pytest.mark.parametrize("text", ["dpo", "ppo"])
+def test_a_mixture_is_the_sum_of_its_terms(text: str, policy_path: Path) -> None:
     """By its loss; and by its gradient, which is that of one term where the other's weight is next to nothing."""
-    samples: list[Sample] = [*make_samples(4), *make_demonstrations(3)]
+    samples: list[Sample] = [*make_samples(4), *make_groups(2), *make_demonstrations(3)]
     found = {}
-    for text in ("dpo", "sft", "dpo+0.5*sft", "1e-6*dpo+sft"):
-        (report,), learner = learn(text, samples, policy_path, batch_size=8, micro_batch_tokens=400)
+    for mixed in (text, "sft", f"{text}+0.5*sft", f"{text}+1e-6*sft", f"1e-6*{text}+sft"):
+        (report,), learner = learn(mixed, samples, policy_path, batch_size=12, micro_batch_tokens=400)
         learner.close()
-        found[text] = report
-    assert found["dpo+0.5*sft"].loss == pytest.approx(found["dpo"].loss + 0.5 * found["sft"].loss, rel=1e-5)
-    assert found["dpo+0.5*sft"].measures["sft_loss"] == pytest.approx(found["sft"].loss, rel=1e-5)
-    assert found["1e-6*dpo+sft"].grad_norm == pytest.approx(found["sft"].grad_norm, rel=0.02)
+        found[mixed] = report
+    both, alone = found[f"{text}+0.5*sft"], found[text]
+    assert both.loss == pytest.approx(alone.loss + 0.5 * found["sft"].loss, rel=1e-5)
+    expected = {f"{text}_{name}": value for name, value in {"loss": alone.loss, **alone.measures}.items()}
+    expected |= {f"sft_{name}": value for name, value in {"loss": found["sft"].loss, **found["sft"].measures}.items()}
+    assert both.measures == pytest.approx(expected, rel=1e-5)
+    assert found[f"{text}+1e-6*sft"].grad_norm == pytest.approx(alone.grad_norm, rel=0.02)
+    assert found[f"1e-6*{text}+sft"].grad_norm == pytest.approx(found["sft"].grad_norm, rel=0.02)
 
 
 @pytest.mark.parametrize("text", ["ppo", "grpo"])

@@ -97,8 +97,14 @@ def test_every_kind_of_file_makes_a_model(objective: str, rows: list[Any], tmp_p
 @pytest.mark.usefixtures("one_rank")
 def test_being_stopped_leaves_nothing(tmp_path: Path, policy_path: Path) -> None:
     settings = settings_for(tmp_path, PAIRS, "dpo", policy_path)
+    asked: list[bool] = []
+
+    def stop() -> bool:
+        asked.append(len(asked) >= len(PAIRS) + 2)  # once a line, for the reference, and then within the round
+        return asked[-1]
+
     with pytest.raises(Stopped):
-        offline.run(settings, lambda: True)
+        offline.run(settings, stop)
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 

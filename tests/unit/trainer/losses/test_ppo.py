@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tests.unit.trainer.losses import trl_peer
 from tests.unit.trainer.samples import make_groups
+from thumbwheel import errors
 from trainer import batch, models
 from trainer.config import TrainerSettings
 from trainer.losses import ppo
@@ -216,6 +217,8 @@ def test_the_critic_begins_without_opinion_or_from_a_reward_model(policy_path: P
         torch.testing.assert_close(
             models.response_token_logprobs(fresh, layout), models.response_token_logprobs(own, layout), rtol=0, atol=0
         )
+    with pytest.raises(errors.MissingModel, match=r"There is no model in nowhere. Name a reward model's folder"):
+        make(critic_model="nowhere").load(policy_path)
     policy, critic = make(critic_warmup_steps=3).parameter_groups(fresh, 1e-6)
     assert (policy.learning_rate, policy.frozen_steps) == (1e-6, 3)
     assert (critic.learning_rate, critic.frozen_steps) == (9e-6, 0)
