@@ -131,7 +131,8 @@ class Follower:
 
     def wanted(self, *, without: Collection[str] = ()) -> VersionEvent | None:
         """The version to serve in place of the one that is live: the newest stable one that is newer, or any stable one
-        where the live one has been withdrawn, or does not reproduce its probe. Announcements whose ids are in `without` are passed over.
+        where the live one has been withdrawn, or does not reproduce its probe. Announcements whose ids are in `without`
+        are passed over.
         """
         live = self._engine.live.manifest
         stable = [
