@@ -27,6 +27,7 @@ class Engine:
         # Scores carry no version of their own, so calls that need one version throughout pass through here.
         self.turnstile = Turnstile()
         self._swapper = Swapper(llm, version, settings, self.turnstile, probes)
+        self._suspect = ""
 
     @classmethod
     async def start(cls, version: VerifiedVersion, settings: EngineSettings, *, pooling: bool) -> Self:
@@ -68,16 +69,20 @@ class Engine:
             await llm.collective_rpc("keep_seeds")
             await llm.update_weight_version(version.manifest.version)
             probes = Probes(llm, settings, scores=pooling)
+            suspect = False
             try:
                 await probes.check(version)
             except errors.CorruptCheckpoint as error:
-                # There is nothing to go back to; serving what is signed is better than serving nothing.
+                # There is nothing to go back to yet: the follower looks for another version.
+                suspect = True
                 logger.error("%s", error)
         except BaseException:
             await asyncio.to_thread(llm.shutdown)
             raise
         logger.info("engine started", extra={"version": version.manifest.version})
-        return cls(llm, version, settings, probes)
+        engine = cls(llm, version, settings, probes)
+        engine._suspect = version.manifest.version if suspect else ""
+        return engine
 
     @property
     def version(self) -> str:
@@ -88,6 +93,11 @@ class Engine:
     def live(self) -> VerifiedVersion:
         """The version that new requests are served with, on the local disk."""
         return self._swapper.live
+
+    @property
+    def suspect(self) -> bool:
+        """True where what is live is what the engine was started on, and did not reproduce its probe."""
+        return self.version == self._suspect
 
     @property
     def previous(self) -> VerifiedVersion | None:

@@ -131,7 +131,8 @@ class Follower:
 
     def wanted(self, *, without: Collection[str] = ()) -> VersionEvent | None:
         """The version to serve in place of the one that is live: the newest stable one that is newer, or any stable one
-        where the live one has been withdrawn. Announcements whose ids are in `without` are passed over.
+        where the live one has been withdrawn, or does not reproduce its probe. Announcements whose ids are in `without`
+        are passed over.
         """
         live = self._engine.live.manifest
         stable = [
@@ -153,7 +154,7 @@ class Follower:
 
     def _withdrawn(self) -> bool:
         event = self._standing.get(self._engine.version)
-        return event is not None and event.state in _WITHDRAWN
+        return self._engine.suspect or (event is not None and event.state in _WITHDRAWN)
 
     async def _go_live(self, event: VersionEvent) -> None:
         """Brings a version here and swaps to it. One that is refused or rolled back is not tried again, unless it is

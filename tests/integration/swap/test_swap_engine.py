@@ -18,7 +18,11 @@ from thumbwheel.checkpoints.store import VerifiedVersion
 from thumbwheel.v1.policy_pb2 import SwapOutcome
 from thumbwheel.v1.rollout_pb2 import ModelRole, Probe
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.filterwarnings("default"),  # vLLM's, which is imported into this process here
+]
 POLICY, REWARD = ModelRole.MODEL_ROLE_POLICY, ModelRole.MODEL_ROLE_REWARD
 LIVE, ROLLED_BACK = SwapOutcome.SWAP_OUTCOME_LIVE, SwapOutcome.SWAP_OUTCOME_ROLLED_BACK
 

@@ -38,6 +38,11 @@ class FakeEngine:
     previous: VerifiedVersion | None = None
     refuses: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
+    suspects: str = ""
+
+    @property
+    def suspect(self) -> bool:
+        return self.version == self.suspects
 
     @property
     def version(self) -> str:
@@ -139,6 +144,17 @@ async def test_with_no_word_of_another_the_version_before_comes_back(tmp_path: P
         world.say(2, ROLLED_BACK)
         await world.live(1)
         assert world.engine.asked == ["policy-000002", "rollback"]
+
+
+async def test_a_start_on_a_version_that_does_not_reproduce_its_probe_is_left_behind(tmp_path: Path) -> None:
+    async with following(tmp_path) as world:
+        world.engine.suspects = "policy-000001"
+        world.engine.refuses = {"policy-000001"}
+        world.say(1)
+        world.say(0)
+        await world.live(0)
+        world.say(2)
+        await world.live(2)
 
 
 async def test_what_is_refused_is_not_tried_again_unless_it_is_announced_again(tmp_path: Path) -> None:
