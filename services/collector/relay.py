@@ -68,7 +68,7 @@ class Relay:
                     self._settle_at = 0.0
                     await self._pause.wait()
         finally:
-            await self._stop_producing()
+            await self._stop_producing(BROKER_SECONDS)
 
     async def _wait(self) -> None:
         try:
@@ -93,7 +93,7 @@ class Relay:
         refused: dict[int, str] = {}
         written: dict[TopicPartition, int] = {}
         lost, fault = False, None
-        while rows and fault is None:
+        while rows and fault is None and not lost and losses == self._losses:
             # One a key: the next of a key is sent when the broker has the one before, or a fault could swap them.
             first: dict[tuple[str, bytes], Row] = {}
             for row in rows:
@@ -138,9 +138,15 @@ class Relay:
     async def _settle(self, *, lost: bool = False) -> None:
         """Makes sure of the topics and of the producer; where the broker lost what it held, starts all over."""
         settings, log = self._settings, self._log
-        made = topics.topics(partitions=settings.topic_partitions, replication=settings.topic_replication)
-        await asyncio.to_thread(log.ensure_topics, made, BROKER_SECONDS)
         ids = await asyncio.to_thread(log.topic_ids, WRITTEN, BROKER_SECONDS)
+        known = self._detector.topic_ids if self._detector is not None else {}
+        if lost or any(ids.get(topic) != id for topic, id in known.items()):
+            await self._stop_producing(0.0)
+        if self._producer is None:
+            # Never while something is on its way: in a topic made anew it would come before all that is older.
+            made = topics.topics(partitions=settings.topic_partitions, replication=settings.topic_replication)
+            await asyncio.to_thread(log.ensure_topics, made, BROKER_SECONDS)
+            ids = await asyncio.to_thread(log.topic_ids, WRITTEN, BROKER_SECONDS)
         if self._detector is None:
             lost |= await self._resume(ids)
         else:
@@ -178,10 +184,10 @@ class Relay:
         finally:
             consumer.close()
 
-    async def _stop_producing(self) -> None:
+    async def _stop_producing(self, seconds: float) -> None:
         producer, self._producer = self._producer, None
         if producer is not None:
             try:
-                await asyncio.to_thread(producer.close, BROKER_SECONDS)
+                await asyncio.to_thread(producer.close, seconds)
             except errors.ThumbwheelError as error:
                 logger.warning("events stay in the outbox", extra={"error": str(error)})

@@ -139,7 +139,7 @@ class KafkaLogProducer:
             with self._changed:
                 self._stopped = True
                 self._changed.notify_all()
-            self._thread.join(max(deadline - time.monotonic(), 0.0) + _DRAIN_SECONDS)
+            self._thread.join(max(deadline - time.monotonic(), 0.0) + 2 * _DRAIN_SECONDS)
 
     def _run(self) -> None:
         try:
@@ -158,7 +158,7 @@ class KafkaLogProducer:
             raise
         finally:
             self._closed = True
-            self._drop_client()
+            self._drop_client(drain=0.0)  # `close` has waited for as long as it was to
             for pending in list(self._unfinished.values()):
                 self._finish(pending, errors.Unavailable(f"The producer was closed: {self._last_error}."))
 
@@ -296,12 +296,12 @@ class KafkaLogProducer:
                 return False
         return True
 
-    def _drop_client(self) -> None:
+    def _drop_client(self, drain: float = _DRAIN_SECONDS) -> None:
         dropped, self._client, self._known = self._client, None, {}
         if dropped is None:
             return
         try:
-            dropped.close(timeout=_DRAIN_SECONDS)
+            dropped.close(timeout=drain)
         except kafka_errors.KafkaTimeoutError:
             # Its `close` gives up before it has stopped its thread, and would be called again when it is collected.
             dropped._sender.force_close()

@@ -138,12 +138,17 @@ class Log(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """A topic and how it is to be created."""
+    """A topic and how it is to be created.
+
+    `republished`: should the broker lose it, its one writer makes it anew and publishes everything again. Nobody else
+    may make it: what was on its way to the lost one would then come before all that is older.
+    """
 
     name: str
     partitions: int = 1
     replication: int = 1
     compacted: bool = False
+    republished: bool = False
 
 
 class LossDetector:
