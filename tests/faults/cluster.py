@@ -26,10 +26,12 @@ _SEND_SECONDS = 30.0
 
 @dataclass
 class Cluster:
-    """Everything but the clients. `life` counts the lives of the broker."""
+    """Everything but the clients. `life` counts the lives of the broker; SQLite's file is on `disk`, if given."""
 
     home: Path
     postgres: Postgres | None
+    options: Sequence[str] = ()
+    disk: Path | None = None
     deployment: Deployment = field(init=False)
     stream: list[Delivery] = field(default_factory=list)
     life: int = 0
@@ -38,8 +40,9 @@ class Cluster:
         self.deployment = Deployment.at(self.home)
         self.broker = EmbeddedBroker(port=free_port(), log=self.home / "broker.log")
         arguments = ["--home", str(self.home), "--bootstrap-servers", self.broker.bootstrap_servers]
-        if self.postgres is not None:
-            arguments += ["--database", self.postgres.url]
+        self.file = (self.disk or self.home) / "collector.db"
+        url = self.postgres.url if self.postgres is not None else f"sqlite:///{self.file}"
+        arguments += ["--database", url, *self.options]
         self.collector = Process("services.collector", arguments, self.home / "collector.log")
         self._log: Log = open_log(self.broker.bootstrap_servers)
         self._policy = self._log.producer()
@@ -51,7 +54,7 @@ class Cluster:
         """Plain SQL on the database."""
         if self.postgres is not None:
             return observe.postgres_query(self.postgres.conninfo)
-        return observe.sqlite_query(self.home / "collector.db")
+        return observe.sqlite_query(self.file)
 
     def start(self) -> None:
         """Starts all that does not run; returns when the collector serves."""
@@ -105,10 +108,10 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster(database: str) -> Iterator[Cluster]:
+def cluster(database: str, options: Sequence[str] = (), disk: Path | None = None) -> Iterator[Cluster]:
     """A cluster on "sqlite" or "postgres", started, and gone at the end with all that it wrote."""
     with tempfile.TemporaryDirectory(prefix="thumbwheel-faults-") as folder:
-        made = Cluster(Path(folder), Postgres() if database == "postgres" else None)
+        made = Cluster(Path(folder), Postgres() if database == "postgres" else None, options, disk)
         try:
             made.start()
             yield made

@@ -54,22 +54,28 @@ async def run_episode(database: str, seed: int, kills: int) -> Episode:
     with cluster(database) as made:
         load = Load(made.deployment, random.Random(draw.random()))
         done: Counter[str] = Counter()
-        async with _voting(made, load):
+        async with voting(made, load):
             for _ in range(kills):
                 await asyncio.sleep(draw.uniform(0.05, 0.6))
                 [target] = draw.choices(list(_TARGETS[database]), list(_TARGETS[database].values()))
                 await _kill(made, target, draw, load)
                 done[target] += 1
-        await asyncio.to_thread(made.publish, load.generations)
-        await asyncio.to_thread(observe.await_none_waiting, made.query, SETTLE_SECONDS)
-        verdict = check(await asyncio.to_thread(made.history, load.journal))
-        status = await asyncio.to_thread(made.collector.stop)
-        assert status == 0, f"the collector ended with status {status} after it had settled"
+        verdict = await settled(made, load)
     return Episode(database, seed, done, verdict, time.monotonic() - began)
 
 
+async def settled(made: Cluster, load: Load) -> Verdict:
+    """Lets all of it come to rest, ends the collector, and has the history checked."""
+    await asyncio.to_thread(made.publish, load.generations)
+    await asyncio.to_thread(observe.await_none_waiting, made.query, SETTLE_SECONDS)
+    verdict = check(await asyncio.to_thread(made.history, load.journal))
+    status = await asyncio.to_thread(made.collector.stop)
+    assert status == 0, f"the collector ended with status {status} after it had settled"
+    return verdict
+
+
 @contextlib.asynccontextmanager
-async def _voting(made: Cluster, load: Load) -> AsyncIterator[None]:
+async def voting(made: Cluster, load: Load) -> AsyncIterator[None]:
     """Clients vote, and a policy publishes, while the body runs; at its end all that was asked has been answered."""
     stop = asyncio.Event()
     voting = asyncio.create_task(load.run(made.collector.address, clients=CLIENTS, pause=PAUSE_SECONDS, stop=stop))
