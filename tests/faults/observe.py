@@ -13,8 +13,8 @@ from typing import Any
 import psycopg
 
 from tests.faults.checker import Delivery, FeedbackRow, OutboxRow
+from thumbwheel.stream.kafka_client import client, kafka
 from thumbwheel.stream.kafka_client import errors as kafka_errors
-from thumbwheel.stream.kafka_client import kafka
 from thumbwheel.v1.events_pb2 import ComparisonEvent, ComparisonState, FeedbackEvent
 from thumbwheel.v1.preference_pb2 import FeedbackState
 
@@ -124,7 +124,8 @@ class Reader:
                 self._stop.wait(0.05)  # the broker is being killed, or starts
 
     def _consumer(self) -> Any:
-        return kafka.KafkaConsumer(
+        return client(
+            kafka.KafkaConsumer,
             bootstrap_servers=self._servers,
             group_id=None,
             enable_auto_commit=False,
