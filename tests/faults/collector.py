@@ -78,16 +78,14 @@ async def settled(made: Cluster, load: Load) -> Verdict:
 async def voting(made: Cluster, load: Load) -> AsyncIterator[None]:
     """Clients vote, and a policy publishes, while the body runs; at its end all that was asked has been answered."""
     stop = asyncio.Event()
-    voting = asyncio.create_task(load.run(made.collector.address, clients=CLIENTS, pause=PAUSE_SECONDS, stop=stop))
-    serving = asyncio.create_task(_serve(made, load))
-    try:
+    async with asyncio.TaskGroup() as group:  # a client that fails ends the body
+        serving = group.create_task(_serve(made, load))
+        voting = group.create_task(load.run(made.collector.address, clients=CLIENTS, pause=PAUSE_SECONDS, stop=stop))
         yield
         stop.set()
-        await asyncio.wait_for(voting, SETTLE_SECONDS)
-    finally:
-        for task in (voting, serving):
-            task.cancel()
-        await asyncio.gather(voting, serving, return_exceptions=True)
+        async with asyncio.timeout(SETTLE_SECONDS):
+            await voting
+        serving.cancel()
 
 
 async def _serve(made: Cluster, load: Load) -> None:

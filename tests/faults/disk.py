@@ -25,7 +25,7 @@ from tests.faults.collector import settled, voting
 from tests.faults.load import Load
 
 IN_A_NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
-NO_SPACE = "RESOURCE_EXHAUSTED: The collector cannot write to its database"
+NO_SPACE = "FAILED_PRECONDITION: The collector cannot write to its database"
 TOO_LONG = "DEADLINE_EXCEEDED: The database took longer than 0.3 s. Send it again with the same key"
 TOO_MANY = "RESOURCE_EXHAUSTED: 4 writes wait for the database."
 _SECONDS = 60.0

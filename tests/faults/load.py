@@ -28,6 +28,7 @@ _AGAIN = {
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.UNKNOWN,  # what a connection says that was cut in the middle
 }
+_FREE_SPACE = "Free space on that disk, then send it again with the same key"
 _CHANNEL = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 200)]
 
 
@@ -138,7 +139,7 @@ class Load:
 
     async def _refused(self, error: grpc.aio.AioRpcError) -> None:
         """Waits, where the same may succeed later; else raises."""
-        if error.code() not in _AGAIN:
+        if error.code() not in _AGAIN and _FREE_SPACE not in (error.details() or ""):
             raise error
         self.refusals.append(f"{error.code().name}: {error.details()}")
         await asyncio.sleep(_RETRY_SECONDS)
