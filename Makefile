@@ -76,7 +76,7 @@ bench-%: setup ## Run bench/%.py
 
 .PHONY: faults-collector
 faults-collector: setup ## Kill the collector, its broker and its database under load
-	@$(BIN)/python -m tests.faults.collector $(ARGS)
 	@unshare --user --map-root-user --mount $(BIN)/python -m tests.faults.disk full
 	@$(BIN)/python -m tests.faults.disk slow-sqlite
 	@$(BIN)/python -m tests.faults.disk slow-postgres
+	@$(BIN)/python -m tests.faults.collector $(ARGS)

@@ -28,6 +28,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from bench.collector_peers import ECHO, TABLES, Event, Plain, Rows, groups, prod
 from bench.harness import Ratio, Target, percentile, report, rounds
 from services.collector.database import Database
 from tests.faults.observe import Query, postgres_query, sqlite_query
-from tests.postgres import Postgres
+from tests.faults.postgres import Postgres
 from tests.support import Process, free_port
 from tests.unit.services.collector import parts
 from tests.unit.services.collector.parts import Deployment
@@ -320,6 +321,16 @@ def measure(database: str, count: int, runs: int) -> list[Ratio]:
     return [ratio for ratio in ratios.values() if ratio.ours]
 
 
+def curation() -> dict[str, float]:
+    """The ratios of `bench.curation`, which is run, where it is there."""
+    if find_spec("bench.curation") is None:
+        return {}
+    run = subprocess.run([sys.executable, "-m", "bench.curation"], check=True, stdout=subprocess.PIPE, text=True)
+    print(run.stdout, end="")
+    ratios: dict[str, float] = json.loads(run.stdout.splitlines()[-1])["ratios"]
+    return ratios
+
+
 def main() -> None:
     """Parses the arguments, measures and reports."""
     parser = argparse.ArgumentParser(prog="make bench-collector", description=__doc__.splitlines()[0])
@@ -327,7 +338,7 @@ def main() -> None:
     parser.add_argument("--votes", type=int, default=3_000, help="a round (default %(default)s)")
     given = parser.parse_args()
     ratios = [ratio for name in ("sqlite", "postgres") for ratio in measure(name, given.votes, given.rounds)]
-    report("collector", ratios, given.rounds)
+    report("collector", ratios, given.rounds, also=curation())
 
 
 if __name__ == "__main__":

