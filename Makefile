@@ -16,7 +16,7 @@ protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I pr
 
 .PHONY: help
 help: ## Say what there is to make
-	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: ## Install everything into .venv; does only what has not been done
@@ -77,3 +77,10 @@ faults-swap: setup ## Swap a thousand versions under load, many of them sabotage
 bench-%: setup ## Run bench/%.py
 	@test -f bench/$*.py || { echo "there is no bench/$*.py" >&2; exit 1; }
 	@$(BIN)/python -m bench.$* $(ARGS)
+
+.PHONY: faults-collector
+faults-collector: setup ## Kill the collector, its broker and its database under load
+	@unshare --user --map-root-user --mount $(BIN)/python -m tests.faults.disk full
+	@$(BIN)/python -m tests.faults.disk slow-sqlite
+	@$(BIN)/python -m tests.faults.disk slow-postgres
+	@$(BIN)/python -m tests.faults.collector $(ARGS)

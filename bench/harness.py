@@ -91,10 +91,10 @@ def progress(what: str, share: float) -> None:
         print(f"\r\033[K[{bar:<30}] {share:4.0%} {what}", end=end, file=sys.stderr, flush=True)
 
 
-def report(bench: str, ratios: Sequence[Ratio], runs: int) -> None:
-    """Prints the table, and the closing line."""
+def report(bench: str, ratios: Sequence[Ratio], runs: int, also: Mapping[str, float] | None = None) -> None:
+    """Prints the table, and the closing line. `also` are ratios that were measured otherwise."""
     print(f"\n{'ratio':<28}{'median':>8}  {'95 % interval':<16}{'target':<9}{'ours':>11}{'peer':>11}  unit")
-    medians: dict[str, float] = {}
+    medians: dict[str, float] = dict(also or {})
     spread: dict[str, list[float]] = {}
     for ratio in ratios:
         median, low, high = interval(ratio.by_round)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent import futures
+from types import TracebackType
 from typing import Any, TypeAlias
 
 import grpc
@@ -64,37 +66,69 @@ def tenant(context: grpc.aio.ServicerContext[Any, Any]) -> str:
     return DEFAULT_TENANT
 
 
-@contextlib.asynccontextmanager
-async def _call(method: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
-    """Counts and times one call, and turns our exceptions into statuses with details."""
-    service, _, name = method.lstrip("/").partition("/")
-    STARTED.labels(service, name).inc()
-    started, code = time.perf_counter(), grpc.StatusCode.OK
-    IN_FLIGHT.inc()
-    try:
-        yield
-    except errors.ThumbwheelError as error:
-        code = error.code
-        context.set_trailing_metadata((("grpc-status-details-bin", errors.to_status(error).SerializeToString()),))
-        await context.abort(code, str(error))
-    except asyncio.CancelledError:
-        code = grpc.StatusCode.CANCELLED
-        raise
-    except grpc.aio.AbortError:
-        code = context.code()
-        raise
-    except Exception:
-        code = grpc.StatusCode.INTERNAL
-        logger.exception("%s failed", method)
-        await context.abort(code, f"{name} failed inside the service; its log says why.")
-    finally:
-        IN_FLIGHT.dec()
-        HANDLED.labels(service, name, code.name).inc()
-        HANDLING.labels(service, name).observe(time.perf_counter() - started)
+class _Call:
+    """Counts and times one call, and turns our exceptions into statuses with details. For `async with`."""
+
+    # A class, and labels looked up once a method: of a short call, this is a good part.
+    __slots__ = ("_context", "_method", "_started")
+
+    def __init__(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        self._method = method
+        self._context = context
+
+    async def __aenter__(self) -> None:
+        _started(self._method).inc()
+        IN_FLIGHT.inc()
+        self._started = time.perf_counter()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        code = grpc.StatusCode.OK
+        try:
+            match error:
+                case None:
+                    pass
+                case errors.ThumbwheelError():
+                    code = error.code
+                    details = errors.to_status(error).SerializeToString()
+                    self._context.set_trailing_metadata((("grpc-status-details-bin", details),))
+                    await self._context.abort(code, str(error))
+                case asyncio.CancelledError():
+                    code = grpc.StatusCode.CANCELLED
+                case grpc.aio.AbortError():
+                    code = self._context.code()
+                case Exception():
+                    code = grpc.StatusCode.INTERNAL
+                    logger.error("%s failed", self._method, exc_info=error)
+                    name = self._method.rpartition("/")[2]
+                    await self._context.abort(code, f"{name} failed inside the service; its log says why.")
+        finally:
+            IN_FLIGHT.dec()
+            _handled(self._method, code.name).inc()
+            _handling(self._method).observe(time.perf_counter() - self._started)
+
+
+@functools.cache
+def _started(method: str) -> Counter:
+    return STARTED.labels(*method.lstrip("/").split("/"))
+
+
+@functools.cache
+def _handled(method: str, code: str) -> Counter:
+    return HANDLED.labels(*method.lstrip("/").split("/"), code)
+
+
+@functools.cache
+def _handling(method: str) -> Histogram:
+    return HANDLING.labels(*method.lstrip("/").split("/"))
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every handler, unary or streaming, in `_call`."""
+    """Wraps every handler, unary or streaming, in `_Call`."""
+
+    def __init__(self) -> None:
+        self._wrapped: dict[str, Handler] = {}  # gRPC asks at each call
 
     async def intercept_service(
         self,
@@ -102,35 +136,40 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
         """The handler, wrapped; health and reflection are left alone."""
-        handler = await continuation(handler_call_details)
         method = handler_call_details.method
+        known = self._wrapped.get(method)
+        if known is not None:
+            return known
+        handler = await continuation(handler_call_details)
         if handler is None or method.startswith("/grpc."):
             return handler
-        inner: Any = handler
-        if inner.response_streaming:
-            produce = inner.stream_stream if inner.request_streaming else inner.unary_stream
+        self._wrapped[method] = _wrapped(method, handler)
+        return self._wrapped[method]
 
-            async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-                async with _call(method, context), contextlib.aclosing(produce(request, context)) as responses:
-                    async for response in responses:
-                        yield response
 
-            make: Any = (
-                grpc.stream_stream_rpc_method_handler
-                if inner.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
-            wrapped: Handler = make(stream, inner.request_deserializer, inner.response_serializer)
-            return wrapped
-        answer = inner.stream_unary if inner.request_streaming else inner.unary_unary
+def _wrapped(method: str, inner: Any) -> Handler:
+    if inner.response_streaming:
+        produce = inner.stream_stream if inner.request_streaming else inner.unary_stream
 
-        async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            async with _call(method, context):
-                return await answer(request, context)
+        async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            async with _Call(method, context), contextlib.aclosing(produce(request, context)) as responses:
+                async for response in responses:
+                    yield response
 
-        make = grpc.stream_unary_rpc_method_handler if inner.request_streaming else grpc.unary_unary_rpc_method_handler
-        wrapped_unary: Handler = make(unary, inner.request_deserializer, inner.response_serializer)
-        return wrapped_unary
+        make: Any = (
+            grpc.stream_stream_rpc_method_handler if inner.request_streaming else grpc.unary_stream_rpc_method_handler
+        )
+        streaming: Handler = make(stream, inner.request_deserializer, inner.response_serializer)
+        return streaming
+    answer = inner.stream_unary if inner.request_streaming else inner.unary_unary
+
+    async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async with _Call(method, context):
+            return await answer(request, context)
+
+    make = grpc.stream_unary_rpc_method_handler if inner.request_streaming else grpc.unary_unary_rpc_method_handler
+    single: Handler = make(unary, inner.request_deserializer, inner.response_serializer)
+    return single
 
 
 def _bind(server: grpc.aio.Server | grpc.Server, listen: str, process: str) -> int:

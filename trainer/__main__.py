@@ -48,7 +48,7 @@ def main(settings: TrainerSettings, stop: threading.Event) -> None:
         from trainer.task import Shared, Task
 
         wanted = topics.topics(partitions=settings.topic_partitions, replication=settings.topic_replication)
-        log.ensure_topics(wanted, settings.start_timeout_seconds)
+        log.ensure_topics([topic for topic in wanted if not topic.republished], settings.start_timeout_seconds)
         with contextlib.ExitStack() as opened:
             producer = log.producer()
             opened.callback(_close, producer)

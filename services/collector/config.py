@@ -28,7 +28,7 @@ class CollectorSettings(Settings):
     write_timeout_seconds: float = Field(default=15.0, gt=0)
     """Longest that a call waits for the database."""
 
-    publish_batch: int = Field(default=500, ge=1)
+    publish_batch: int = Field(default=2_000, ge=1, le=10_000)
     """Most events that are read from the outbox at once."""
 
     poll_seconds: float = Field(default=1.0, gt=0)

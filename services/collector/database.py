@@ -1,10 +1,10 @@
 """The database: SQLite on one machine, PostgreSQL beyond, and one way of writing for both.
 
-    write ──▶ queue ──▶ writer thread: BEGIN · every write that waits, each in a savepoint · COMMIT ──▶ futures
+    write ──▶ queue ──▶ writer thread: BEGIN · every write that waits · COMMIT ──▶ futures
 
 One thread writes. While it waits for the disk, further writes queue up and share the next commit, so a commit's cost is
 spread over all that came meanwhile, and nothing blocks the event loop. A future resolves after the commit: what it
-brings is durable. A write that raises undoes itself alone.
+brings is durable. Where a write raises, all are run again, each in a savepoint, so that it undoes itself alone.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import alembic.command
 from alembic.config import Config
@@ -34,7 +36,9 @@ from thumbwheel import errors
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 Work = Callable[[Connection], T]
+WorkOnAll = Callable[[Connection, Sequence[Item]], Sequence[T | Exception]]
 
 BUSY_SECONDS = 5.0
 MAX_WRITES = 128
@@ -43,12 +47,25 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 @dataclass(frozen=True, slots=True)
-class _Write(Generic[T]):
-    """A write that waits for its turn."""
+class _Write:
+    """A write that waits for its turn. Those in a row with the same `work` are one call of it."""
 
-    work: Work[T]
-    future: Future[T] = field(default_factory=Future)
+    work: WorkOnAll[Any, Any]
+    item: Any
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Any]
     queued_at: float = field(default_factory=time.perf_counter)
+
+
+class _Outcome(NamedTuple):
+    """What a write came to: an exception is its failure."""
+
+    write: _Write
+    result: Any
+
+
+class _Raised(Exception):
+    """A write raised: what it did is to be undone. Not an error of the database."""
 
 
 class Database:
@@ -60,7 +77,7 @@ class Database:
         self._max_pending = max_pending
         if self._engine.dialect.name == "sqlite":
             self._prepare_sqlite()
-        self._queue: queue.SimpleQueue[_Write[Any] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="database-reader")
         self._closed = False
         try:
@@ -79,6 +96,14 @@ class Database:
         wait, and `errors.DeadlineExceeded`, after which the write may still be made. `work` may run twice, of which
         only the last run counts.
         """
+        result: T = await self.write_together(_alone, work)
+        return result
+
+    async def write_together(self, work: WorkOnAll[Item, T], item: Item) -> T:
+        """As `write`, of `work` on this item together with others that wait for the same `work`.
+
+        For each item it returns what is the item's result, or raised for it: then it has written nothing for it.
+        """
         if self._closed:
             raise errors.Unavailable("The collector is stopping.", remedy="Send it again.")
         if self._queue.qsize() >= self._max_pending:
@@ -87,13 +112,14 @@ class Database:
                 retry_after=1.0,
                 remedy="Send it again in a second, with the same key.",
             )
-        write = _Write(work)
-        self._queue.put(write)
-        return await self._wait(write.future)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._queue.put(_Write(work, item, loop, future))
+        return await self._wait(future)
 
     async def read(self, work: Work[T]) -> T:
         """Runs `work` in a read-only view of what is committed. Raises what `work` raised, and as `write` does."""
-        return await self._wait(self._readers.submit(self.read_now, work))
+        return await self._wait(asyncio.wrap_future(self._readers.submit(self.read_now, work)))
 
     def read_now(self, work: Work[T]) -> T:
         """As `read`, in the caller's thread."""
@@ -112,10 +138,10 @@ class Database:
         self._connection.close()
         self._engine.dispose()
 
-    async def _wait(self, future: Future[T]) -> T:
+    async def _wait(self, future: asyncio.Future[T]) -> T:
         try:
             async with asyncio.timeout(self._timeout):
-                return await asyncio.wrap_future(future)
+                return await future
         except TimeoutError:
             raise errors.DeadlineExceeded(
                 f"The database took longer than {self._timeout:g} s.",
@@ -146,44 +172,80 @@ class Database:
                     stop = True
                 else:
                     batch.append(following)
-            self._commit([write for write in batch if write.future.set_running_or_notify_cancel()])
+            _tell(self._commit([write for write in batch if not write.future.cancelled()]))
             if stop:
                 return
 
-    def _commit(self, batch: Sequence[_Write[Any]], *, again: bool = True) -> None:
+    def _commit(self, batch: Sequence[_Write], *, again: bool = True) -> list[_Outcome]:
         """Makes the batch durable in one transaction; where that fails, each write in one of its own."""
-        outcomes: list[tuple[_Write[Any], Any, Exception | None]] = []
         try:
-            with self._connection.begin():
-                for write in batch:
-                    outcomes.append((write, *self._try(write)))
+            outcomes = self._transact(batch)
         except DBAPIError as error:
             # A key that exists by now: another collector on this database was faster. Run again, the write sees it.
             clash = isinstance(error, IntegrityError)
             if len(batch) > 1 or (clash and again):
-                for write in batch:
-                    self._commit([write], again=len(batch) > 1)
-                return
-            outcomes = [(write, None, error if clash else self._translate(error)) for write in batch]
+                return [outcome for write in batch for outcome in self._commit([write], again=len(batch) > 1)]
+            outcomes = [_Outcome(write, error if clash else self._translate(error)) for write in batch]
         if batch:
             metrics.COMMIT_WRITES.observe(len(batch))
         now = time.perf_counter()
-        for write, result, failure in outcomes:
-            metrics.COMMIT_SECONDS.observe(now - write.queued_at)
-            if failure is None:
-                write.future.set_result(result)
-            else:
-                write.future.set_exception(failure)
+        for outcome in outcomes:
+            metrics.COMMIT_SECONDS.observe(now - outcome.write.queued_at)
+        return outcomes
 
-    def _try(self, write: _Write[T]) -> tuple[T | None, Exception | None]:
-        """What the write came to. Faults of the database concern the whole transaction and are raised."""
+    def _transact(self, batch: Sequence[_Write]) -> list[_Outcome]:
+        """Runs all in one transaction, and commits. Savepoints cost as much as a small write: first without."""
         try:
-            with self._connection.begin_nested():
-                return write.work(self._connection), None
+            with self._connection.begin():
+                return [outcome for group in _groups(batch) for outcome in self._run(group)]
+        except _Raised as raised:
+            if len(batch) == 1:
+                return [_Outcome(batch[0], raised.__cause__)]
+        with self._connection.begin():
+            return [outcome for write in batch for outcome in self._run_undoably(write)]
+
+    def _run(self, group: Sequence[_Write]) -> list[_Outcome]:
+        """What the writes came to. Raises `_Raised`, and faults of the database: they concern the whole transaction."""
+        try:
+            results = group[0].work(self._connection, [write.item for write in group])
         except DBAPIError:
             raise
-        except Exception as error:  # noqa: BLE001  # it goes to the caller, whatever it is; the other writes go on
-            return None, error
+        except Exception as error:
+            raise _Raised from error
+        return [_Outcome(write, result) for write, result in zip(group, results, strict=True)]
+
+    def _run_undoably(self, write: _Write) -> list[_Outcome]:
+        try:
+            with self._connection.begin_nested():
+                return self._run([write])
+        except _Raised as raised:
+            return [_Outcome(write, raised.__cause__)]
+
+
+def _alone(connection: Connection, works: Sequence[Work[T]]) -> list[T | Exception]:
+    return [work(connection) for work in works]
+
+
+def _groups(batch: Sequence[_Write]) -> list[list[_Write]]:
+    return [list(group) for _, group in groupby(batch, attrgetter("work"))]
+
+
+def _tell(outcomes: Sequence[_Outcome]) -> None:
+    """Resolves the futures, each in its event loop, which is woken once for all."""
+    for loop, group in groupby(outcomes, lambda outcome: outcome.write.loop):
+        told = list(group)
+        if not loop.is_closed():  # else nobody waits any more
+            loop.call_soon_threadsafe(_resolve, told)
+
+
+def _resolve(outcomes: Sequence[_Outcome]) -> None:
+    for write, result in outcomes:
+        if write.future.done():
+            continue
+        if isinstance(result, Exception):
+            write.future.set_exception(result)
+        else:
+            write.future.set_result(result)
 
 
 def _engine(url: str) -> tuple[URL, Engine]:

@@ -6,11 +6,11 @@ generations is told of twice, each time with its own event id and the same feedb
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, insert, select, update
 from uuid_utils import uuid7
 
 from services.collector import outbox
@@ -26,6 +26,14 @@ from thumbwheel.v1.preference_pb2 import Feedback, FeedbackRecord, FeedbackState
 _PREFIX = "FEEDBACK_STATE_"
 HELD = Verdict(FeedbackState.FEEDBACK_STATE_HELD, "awaiting_generation")
 
+# Made once: SQLAlchemy takes as long to make a statement as SQLite to run it.
+_OF_KEYS = select(feedback).where(
+    feedback.c.tenant == bindparam("tenant"), feedback.c.idempotency_key.in_(bindparam("keys", expanding=True))
+)
+_OF_IDS = select(generations.c.generation_id, generations.c.event).where(
+    generations.c.generation_id.in_(bindparam("ids", expanding=True))
+)
+
 
 class Recorded(NamedTuple):
     """What became of feedback in this operation. `state` is a name without its prefix."""
@@ -36,56 +44,114 @@ class Recorded(NamedTuple):
     changed: bool
 
 
+class Asked(NamedTuple):
+    """A submission, and its caller's trace."""
+
+    submission: Submission
+    traceparent: str = ""
+
+
 def submit(connection: Connection, submission: Submission, traceparent: str = "") -> Recorded:
     """Records feedback, and joins it where its generations have arrived; else it is held.
 
     The same submission again changes nothing. Raises `errors.Conflict` where the key was used with another body.
     """
-    body = submission.feedback
-    before = connection.execute(
-        select(feedback).where(
-            feedback.c.tenant == submission.tenant, feedback.c.idempotency_key == body.idempotency_key
+    [outcome] = submit_all(connection, [Asked(submission, traceparent)])
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def submit_all(connection: Connection, asked: Sequence[Asked]) -> list[Recorded | Exception]:
+    """As `submit`, of each in turn: what became of it, or the conflict. All of them cost two reads and three writes."""
+    before = _before(connection, [each.submission for each in asked])
+    ids = {claims.generation_id for each in asked for claims in each.submission.claims}
+    known = _generations(connection, list(ids))
+    outcomes: list[Recorded | Exception] = []
+    rows: list[dict[str, Any]] = []
+    refers: list[dict[str, Any]] = []
+    events: list[outbox.Event] = []
+    for submission, traceparent in asked:
+        key = submission.tenant, submission.feedback.idempotency_key
+        if (earlier := before.get(key)) is not None:
+            outcomes.append(_repeated(submission, earlier))
+            continue
+        recorded, verdict = _recorded(submission, known)
+        outcomes.append(recorded)
+        before[key] = _Before(submission.body_sha256, recorded)
+        rows.append(_row(submission, recorded))
+        refers += _references(submission, recorded.record.feedback_id)
+        events += _events(recorded.record, submission.prompt_id, verdict, traceparent)
+    if rows:
+        connection.execute(insert(feedback), rows)
+        connection.execute(insert(feedback_generations), refers)
+        outbox.add(connection, events)
+    return outcomes
+
+
+class _Before(NamedTuple):
+    """What was recorded under a key."""
+
+    body_sha256: bytes
+    recorded: Recorded
+
+
+def _before(connection: Connection, submissions: Sequence[Submission]) -> dict[tuple[str, str], _Before]:
+    """What these tenants' keys were used for before."""
+    keys: dict[str, list[str]] = {}
+    for submission in submissions:
+        keys.setdefault(submission.tenant, []).append(submission.feedback.idempotency_key)
+    return {
+        (tenant, row.idempotency_key): _Before(row.body_sha256, Recorded(_record(row), row.kind, row.state, False))
+        for tenant, used in keys.items()
+        for row in connection.execute(_OF_KEYS, {"tenant": tenant, "keys": used})
+    }
+
+
+def _repeated(submission: Submission, before: _Before) -> Recorded | Exception:
+    if before.body_sha256 != submission.body_sha256:
+        return errors.Conflict(
+            f"feedback.idempotency_key: {submission.feedback.idempotency_key!r} was used before with other content.",
+            remedy="Use a new key for new feedback, and send a repeated one unchanged.",
         )
-    ).one_or_none()
-    if before is not None:
-        if before.body_sha256 != submission.body_sha256:
-            raise errors.Conflict(
-                f"feedback.idempotency_key: {body.idempotency_key!r} was used before with other content.",
-                remedy="Use a new key for new feedback, and send a repeated one unchanged.",
-            )
-        return Recorded(_record(before), before.kind, before.state, changed=False)
+    return before.recorded._replace(changed=False)
+
+
+def _recorded(submission: Submission, known: Mapping[str, GenerationEvent]) -> tuple[Recorded, Verdict]:
     record = FeedbackRecord(
-        feedback_id=str(uuid7()), tenant=submission.tenant, feedback=body, received_at=_time(outbox.now_micros())
+        feedback_id=str(uuid7()),
+        tenant=submission.tenant,
+        feedback=submission.feedback,
+        received_at=_time(outbox.now_micros()),
     )
-    known = _generations(connection, [claims.generation_id for claims in submission.claims])
     verdict = _verdict(record.feedback_id, submission, known)
     _stand(record, verdict)
-    connection.execute(
-        insert(feedback),
-        {
-            "feedback_id": record.feedback_id,
-            "tenant": record.tenant,
-            "idempotency_key": body.idempotency_key,
-            "body_sha256": submission.body_sha256,
-            "user_id": body.user_id,
-            "kind": submission.kind,
-            "body": body.SerializeToString(deterministic=True),
-            "prompt_id": submission.prompt_id,
-            "state": _name(record.state),
-            "reason": record.reason,
-            "comparison_id": record.comparison_id or None,
-            "received_at": record.received_at.ToMicroseconds(),
-        },
-    )
-    connection.execute(
-        insert(feedback_generations),
-        [
-            {"feedback_id": record.feedback_id, "place": place, "generation_id": claims.generation_id}
-            for place, claims in enumerate(submission.claims)
-        ],
-    )
-    _tell(connection, record, submission.prompt_id, verdict, traceparent)
-    return Recorded(record, submission.kind, _name(record.state), changed=True)
+    return Recorded(record, submission.kind, _name(record.state), changed=True), verdict
+
+
+def _row(submission: Submission, recorded: Recorded) -> dict[str, Any]:
+    record, body = recorded.record, submission.feedback
+    return {
+        "feedback_id": record.feedback_id,
+        "tenant": record.tenant,
+        "idempotency_key": body.idempotency_key,
+        "body_sha256": submission.body_sha256,
+        "user_id": body.user_id,
+        "kind": submission.kind,
+        "body": body.SerializeToString(deterministic=True),
+        "prompt_id": submission.prompt_id,
+        "state": recorded.state,
+        "reason": record.reason,
+        "comparison_id": record.comparison_id or None,
+        "received_at": record.received_at.ToMicroseconds(),
+    }
+
+
+def _references(submission: Submission, feedback_id: str) -> list[dict[str, Any]]:
+    return [
+        {"feedback_id": feedback_id, "place": place, "generation_id": claims.generation_id}
+        for place, claims in enumerate(submission.claims)
+    ]
 
 
 def retract(connection: Connection, feedback_id: str, user_id: str, tenant: str, traceparent: str = "") -> Recorded:
@@ -112,7 +178,8 @@ def retract(connection: Connection, feedback_id: str, user_id: str, tenant: str,
     comparison = None
     if record.comparison_id:
         comparison = retraction(record.comparison_id, feedback_id, tenant, row.prompt_id)
-    _tell(connection, record, row.prompt_id, Verdict(record.state, record.reason, comparison), traceparent)
+    told = Verdict(record.state, record.reason, comparison)
+    outbox.add(connection, _events(record, row.prompt_id, told, traceparent))
     return Recorded(record, row.kind, state, changed=True)
 
 
@@ -171,11 +238,11 @@ def _join_held(connection: Connection, generation_ids: Sequence[str]) -> Iterato
             .where(feedback.c.feedback_id == row.feedback_id)
             .values(state=_name(record.state), reason=record.reason, comparison_id=record.comparison_id or None)
         )
-        _tell(connection, record, row.prompt_id, verdict)
+        outbox.add(connection, _events(record, row.prompt_id, verdict))
         yield Recorded(record, row.kind, _name(record.state), changed=True)
 
 
-def _verdict(feedback_id: str, submission: Submission, known: dict[str, GenerationEvent]) -> Verdict:
+def _verdict(feedback_id: str, submission: Submission, known: Mapping[str, GenerationEvent]) -> Verdict:
     if any(claims.generation_id not in known for claims in submission.claims):
         return HELD
     return join(feedback_id, submission, [known[claims.generation_id] for claims in submission.claims])
@@ -188,22 +255,18 @@ def _stand(record: FeedbackRecord, verdict: Verdict) -> None:
 
 
 def _generations(connection: Connection, ids: Sequence[str]) -> dict[str, GenerationEvent]:
-    rows = connection.execute(
-        select(generations.c.generation_id, generations.c.event).where(generations.c.generation_id.in_(ids))
-    )
+    rows = connection.execute(_OF_IDS, {"ids": ids})
     return {id: GenerationEvent.FromString(event) for id, event in rows}
 
 
-def _tell(
-    connection: Connection, record: FeedbackRecord, prompt_id: str, verdict: Verdict, traceparent: str = ""
-) -> None:
+def _events(record: FeedbackRecord, prompt_id: str, verdict: Verdict, traceparent: str = "") -> list[outbox.Event]:
     event = FeedbackEvent(event_id=str(uuid7()), record=record)
     events = [outbox.Event(event.event_id, topics.FEEDBACK, prompt_id, event, traceparent)]
     comparison = verdict.comparison
     if comparison is not None:
         comparison.received_at.CopyFrom(record.received_at)
         events.append(outbox.Event(comparison.event_id, topics.COMPARISONS, prompt_id, comparison, traceparent))
-    outbox.add(connection, events)
+    return events
 
 
 def _record(row: Row[Any]) -> FeedbackRecord:

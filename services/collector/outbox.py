@@ -16,6 +16,8 @@ from services.collector.metrics import Levels
 from services.collector.tables import feedback, held, outbox, positions, topic_ids, unpublished
 from thumbwheel.stream.log import Headers, TopicPartition
 
+_MARK = update(outbox).where(outbox.c.id.in_(bindparam("rows", expanding=True))).values(published_at=bindparam("at"))
+
 
 class Event(NamedTuple):
     """An event to be published."""
@@ -69,12 +71,11 @@ def add(connection: Connection, events: Iterable[Event]) -> None:
         connection.execute(insert(outbox), rows)
 
 
-def waiting(connection: Connection, limit: int) -> list[Row]:
-    """The oldest events that are not published, in order."""
+def waiting(connection: Connection, limit: int, after: int = 0) -> list[Row]:
+    """The oldest events behind `after` that are not published, in order."""
     columns = [outbox.c[name] for name in Row._fields]
-    return [
-        Row(*row) for row in connection.execute(select(*columns).where(unpublished).order_by(outbox.c.id).limit(limit))
-    ]
+    rows = select(*columns).where(unpublished, outbox.c.id > after).order_by(outbox.c.id).limit(limit)
+    return [Row(*row) for row in connection.execute(rows)]
 
 
 def mark(
@@ -82,15 +83,10 @@ def mark(
 ) -> None:
     """Notes what the broker has acknowledged, what it will never take and why, and how far each partition got."""
     now = now_micros()
-    marked: list[dict[str, int | str | None]] = [{"row": row, "at": now, "why": None} for row in published]
-    marked += [{"row": row, "at": now, "why": why[:512]} for row, why in refused.items()]
-    if marked:
-        connection.execute(
-            update(outbox)
-            .where(outbox.c.id == bindparam("row"))
-            .values(published_at=bindparam("at"), refused=bindparam("why")),
-            marked,
-        )
+    if published:
+        connection.execute(_MARK, {"rows": list(published), "at": now})
+    for row, why in refused.items():
+        connection.execute(update(outbox).where(outbox.c.id == row).values(published_at=now, refused=why[:512]))
     save_positions(connection, written)
 
 

@@ -12,17 +12,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 
+from sqlalchemy import Connection
+
 from services.collector import metrics, outbox
 from services.collector.config import CollectorSettings
-from services.collector.database import Database
+from services.collector.database import Database, Work
 from services.collector.outbox import Row
 from services.collector.pause import RETRIED, Pause
 from thumbwheel import errors
 from thumbwheel.stream import topics
-from thumbwheel.stream.log import Log, LossDetector, Position, Producer, TopicPartition
+from thumbwheel.stream.log import Log, LossDetector, Outcome, Position, Producer, TopicPartition
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +71,7 @@ class Relay:
                     self._settle_at = 0.0
                     await self._pause.wait()
         finally:
-            await self._stop_producing()
+            await self._stop_producing(BROKER_SECONDS)
 
     async def _wait(self) -> None:
         try:
@@ -78,22 +81,37 @@ class Relay:
             pass
 
     async def _drain(self) -> None:
-        while True:
-            self._wake.clear()
-            rows = await self._database.read(partial(outbox.waiting, limit=self._settings.publish_batch))
-            if not rows:
-                return
-            await self._publish(rows)
+        """Publishes until nothing waits. While the broker has some, the next are read and the last are marked."""
+        losses = self._losses
+        reading, marking = self._read(0), _nothing()
+        try:
+            while rows := await reading:
+                reading = self._read(rows[-1].id)
+                mark = await self._publish(rows)
+                await marking
+                marking = asyncio.create_task(self._database.write(mark))
+                if losses != self._losses:
+                    return  # all is to be published again, from the start
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            await marking
 
-    async def _publish(self, rows: Sequence[Row]) -> None:
-        """Publishes the rows and marks them. Raises the first fault; what was acknowledged until then is marked."""
+    def _read(self, after: int) -> asyncio.Task[list[Row]]:
+        self._wake.clear()  # before reading: what is committed later wakes again
+        waiting = partial(outbox.waiting, limit=self._settings.publish_batch, after=after)
+        return asyncio.create_task(self._database.read(waiting))
+
+    async def _publish(self, rows: Sequence[Row]) -> Work[None]:
+        """Publishes the rows. Returns what marks them. Raises the first fault, with all marked until then."""
         losses, detector = self._losses, self._detector
         assert detector is not None, "settled before"
         published: list[int] = []
         refused: dict[int, str] = {}
         written: dict[TopicPartition, int] = {}
+        counts: Counter[str] = Counter()
         lost, fault = False, None
-        while rows and fault is None:
+        while rows and fault is None and not lost and losses == self._losses:
             # One a key: the next of a key is sent when the broker has the one before, or a fault could swap them.
             first: dict[tuple[str, bytes], Row] = {}
             for row in rows:
@@ -102,7 +120,7 @@ class Relay:
             for row, outcome in zip(first.values(), await self._send(list(first.values())), strict=True):
                 if isinstance(outcome, Position):
                     published.append(row.id)
-                    metrics.PUBLISHED.labels(row.topic).inc()
+                    counts[row.topic] += 1
                     lost |= detector.acked(outcome)
                     written[TopicPartition(outcome.topic, outcome.partition)] = outcome.offset + 1
                 elif isinstance(outcome, errors.InvalidArgument):
@@ -111,36 +129,47 @@ class Relay:
                     logger.error("the broker refuses an event", extra={"id": row.id, "error": str(outcome)})
                 else:
                     fault = fault or outcome
+        for topic, count in counts.items():
+            metrics.PUBLISHED.labels(topic).inc(count)
         # Where all is to be published again by now, these are too: who knows which broker acknowledged them.
-        if losses == self._losses:
-            mark = partial(outbox.mark, published=published, refused=refused, written=written)
+        known = losses == self._losses
+        mark = partial(outbox.mark, published=published, refused=refused, written=written) if known else _unmarked
+        if fault is not None or (lost and known):
             await self._database.write(mark)
-            if lost:
-                await self._settle(lost=True)
+            mark = _unmarked
+        if lost and known:
+            await self._settle(lost=True)
         if fault is not None:
             raise fault
+        return mark
 
-    async def _send(self, rows: Sequence[Row]) -> list[Position | BaseException]:
+    async def _send(self, rows: Sequence[Row]) -> list[Outcome]:
         """Where the broker put each row, or why it did not."""
         assert self._producer is not None, "settled before"
         producer = self._producer
-        sent = [asyncio.wrap_future(producer.send(r.topic, r.key, r.value, r.headers)) for r in rows]
-        waiting = set(sent)
-        while waiting:
-            _, waiting = await asyncio.wait(waiting, timeout=self._settings.loss_check_seconds)
-            if waiting:
+        sent = producer.send_all([(row.topic, row.key, row.value, row.headers) for row in rows])
+        done = asyncio.wrap_future(sent)
+        while not done.done():
+            await asyncio.wait([done], timeout=self._settings.loss_check_seconds)
+            if not done.done():
                 try:
                     await self._settle()  # the topics may have gone with the broker, and are then awaited in vain
                 except RETRIED as error:
                     logger.warning("the broker does not acknowledge", extra={"error": str(error)})
-        return [future.exception() or future.result() for future in sent]
+        return done.result()
 
     async def _settle(self, *, lost: bool = False) -> None:
         """Makes sure of the topics and of the producer; where the broker lost what it held, starts all over."""
         settings, log = self._settings, self._log
-        made = topics.topics(partitions=settings.topic_partitions, replication=settings.topic_replication)
-        await asyncio.to_thread(log.ensure_topics, made, BROKER_SECONDS)
         ids = await asyncio.to_thread(log.topic_ids, WRITTEN, BROKER_SECONDS)
+        known = self._detector.topic_ids if self._detector is not None else {}
+        if lost or any(ids.get(topic) != id for topic, id in known.items()):
+            await self._stop_producing(0.0)
+        if self._producer is None:
+            # Never while something is on its way: in a topic made anew it would come before all that is older.
+            made = topics.topics(partitions=settings.topic_partitions, replication=settings.topic_replication)
+            await asyncio.to_thread(log.ensure_topics, made, BROKER_SECONDS)
+            ids = await asyncio.to_thread(log.topic_ids, WRITTEN, BROKER_SECONDS)
         if self._detector is None:
             lost |= await self._resume(ids)
         else:
@@ -178,10 +207,20 @@ class Relay:
         finally:
             consumer.close()
 
-    async def _stop_producing(self) -> None:
+    async def _stop_producing(self, seconds: float) -> None:
         producer, self._producer = self._producer, None
         if producer is not None:
             try:
-                await asyncio.to_thread(producer.close, BROKER_SECONDS)
+                await asyncio.to_thread(producer.close, seconds)
             except errors.ThumbwheelError as error:
                 logger.warning("events stay in the outbox", extra={"error": str(error)})
+
+
+def _unmarked(connection: Connection) -> None:
+    """Where there is nothing to mark."""
+
+
+def _nothing() -> asyncio.Future[None]:
+    done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    done.set_result(None)
+    return done

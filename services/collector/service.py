@@ -56,9 +56,8 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
         """Returns when the feedback is durable."""
         with _counted():
             submission = self._checker.check(request.feedback, tenant=_tenant(context))
-            recorded = await self._database.write(
-                partial(ledger.submit, submission=submission, traceparent=_traceparent(context))
-            )
+            asked = ledger.Asked(submission, _traceparent(context))
+            recorded = await self._database.write_together(ledger.submit_all, asked)
         if recorded.changed:
             self._changed(recorded)
         else:

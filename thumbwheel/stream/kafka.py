@@ -48,7 +48,9 @@ class KafkaLog:
         self._watch = Watch(self._configs, interval=refresh_interval)
 
     def ensure_topics(self, topics: Iterable[Topic], timeout: float) -> None:
-        """See `Log.ensure_topics`. Should a broker lose them later, they are created again."""
+        """See `Log.ensure_topics`. Should a broker lose them later, they are created again, but for those that are
+        `republished`.
+        """
         self._watch.ensure(topics, timeout)
 
     def topic_ids(self, topics: Sequence[str], timeout: float) -> dict[str, str]:

@@ -16,8 +16,10 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 from prometheus_client import Counter
@@ -26,7 +28,7 @@ from thumbwheel import errors
 from thumbwheel.stream.kafka_client import MAX_MESSAGE_BYTES, client, kafka
 from thumbwheel.stream.kafka_client import errors as kafka_errors
 from thumbwheel.stream.kafka_watch import TopicState, Watch
-from thumbwheel.stream.log import Headers, Position
+from thumbwheel.stream.log import Headers, Outcome, Outcomes, Outgoing, Position
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +54,8 @@ class _Pending:
     value: bytes
     headers: Headers
     size: int
-    future: Future[Position]
+    end: Callable[[int, Outcome], None]
+    index: int
 
 
 class KafkaLogProducer:
@@ -72,7 +75,9 @@ class KafkaLogProducer:
         self._delivery_timeout = delivery_timeout
         self._queue_records = queue_records
         self._queue_bytes = queue_bytes
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)  # for the thread: there is something to do
+        self._ended = threading.Condition(self._lock)  # for `flush`: a record is finished
         self._unfinished: dict[int, _Pending] = {}  # by number, so the oldest is first
         self._bytes = 0
         self._numbers = 0
@@ -88,42 +93,58 @@ class KafkaLogProducer:
 
     def send(self, topic: str, key: bytes, value: bytes, headers: Headers = ()) -> Future[Position]:
         """See `Producer.send`. A record larger than 2 MiB fails with `errors.InvalidArgument`."""
-        SENT.labels(topic).inc()
-        size = len(key) + len(value) + sum(len(name) + len(content) for name, content in headers) + _OVERHEAD_BYTES
         future: Future[Position] = Future()
         future.set_running_or_notify_cancel()  # a record that was sent cannot be called back
+        self._enqueue([(topic, key, value, headers)], partial(_resolve, future))
+        return future
+
+    def send_all(self, records: Sequence[Outgoing]) -> Future[list[Outcome]]:
+        """See `Producer.send_all`."""
+        outcomes = Outcomes(len(records))
+        self._enqueue(records, outcomes.end)
+        return outcomes.future
+
+    def _enqueue(self, records: Sequence[Outgoing], end: Callable[[int, Outcome], None]) -> None:
         deadline = time.monotonic() + self._delivery_timeout
-        refused: errors.ThumbwheelError | None = None
+        refused: list[tuple[int, errors.ThumbwheelError]] = []
         with self._changed:
             if self._closed:
                 raise errors.FailedPrecondition("The producer is closed.", remedy="Make another one.")
-            if size > MAX_MESSAGE_BYTES:
-                refused = errors.InvalidArgument(
-                    f"A record of {size} bytes is larger than {MAX_MESSAGE_BYTES}.", field="value"
-                )
-            elif len(self._unfinished) >= self._queue_records or self._bytes + size > self._queue_bytes:
-                refused = errors.ResourceExhausted(
-                    f"{len(self._unfinished)} records ({self._bytes} bytes) wait for the broker already.",
-                    retry_after=1.0,
-                    remedy="Send less, or check the broker.",
-                )
-            else:
+            for i, (topic, key, value, headers) in enumerate(records):
+                _sent(topic).inc()
+                size = len(key) + len(value) + sum(len(name) + len(it) for name, it in headers) + _OVERHEAD_BYTES
+                refusal = self._refuse(size)
+                if refusal is not None:
+                    FAILED.labels(topic, type(refusal).__name__).inc()
+                    refused.append((i, refusal))
+                    continue
                 self._numbers += 1
-                pending = _Pending(self._numbers, deadline, topic, key, value, headers, size, future)
+                pending = _Pending(self._numbers, deadline, topic, key, value, headers, size, end, i)
                 self._unfinished[pending.number] = pending
                 self._bytes += size
                 self._queues.setdefault(topic, deque()).append(pending)
-                self._changed.notify_all()
-        if refused is not None:
-            FAILED.labels(topic, type(refused).__name__).inc()
-            future.set_exception(refused)
-        return future
+            self._changed.notify_all()
+        for i, refusal in refused:
+            end(i, refusal)
+
+    def _refuse(self, size: int) -> errors.ThumbwheelError | None:
+        if size > MAX_MESSAGE_BYTES:
+            return errors.InvalidArgument(
+                f"A record of {size} bytes is larger than {MAX_MESSAGE_BYTES}.", field="value"
+            )
+        if len(self._unfinished) >= self._queue_records or self._bytes + size > self._queue_bytes:
+            return errors.ResourceExhausted(
+                f"{len(self._unfinished)} records ({self._bytes} bytes) wait for the broker already.",
+                retry_after=1.0,
+                remedy="Send less, or check the broker.",
+            )
+        return None
 
     def flush(self, timeout: float) -> None:
         """See `Producer.flush`."""
         with self._changed:
             last = self._numbers
-            if not self._changed.wait_for(lambda: next(iter(self._unfinished), last + 1) > last, timeout):
+            if not self._ended.wait_for(lambda: next(iter(self._unfinished), last + 1) > last, timeout):
                 raise errors.DeadlineExceeded(
                     f"{len(self._unfinished)} records were not acknowledged within {timeout:g} s: {self._last_error}."
                 )
@@ -139,7 +160,7 @@ class KafkaLogProducer:
             with self._changed:
                 self._stopped = True
                 self._changed.notify_all()
-            self._thread.join(max(deadline - time.monotonic(), 0.0) + _DRAIN_SECONDS)
+            self._thread.join(max(deadline - time.monotonic(), 0.0) + 2 * _DRAIN_SECONDS)
 
     def _run(self) -> None:
         try:
@@ -158,7 +179,7 @@ class KafkaLogProducer:
             raise
         finally:
             self._closed = True
-            self._drop_client()
+            self._drop_client(drain=0.0)  # `close` has waited for as long as it was to
             for pending in list(self._unfinished.values()):
                 self._finish(pending, errors.Unavailable(f"The producer was closed: {self._last_error}."))
 
@@ -194,6 +215,8 @@ class KafkaLogProducer:
             return False
         for topic in ready:
             self._known.setdefault(topic, there[topic])
+            # Where there is one partition, it need not be computed: that takes as long as the rest of sending.
+            partition = 0 if there[topic].partitions == 1 else None
             for _ in range(_HAND_OVER):
                 with self._changed:
                     if self._failure or not self._queues[topic]:
@@ -202,15 +225,19 @@ class KafkaLogProducer:
                     if pending.number not in self._unfinished:
                         continue  # its deadline has passed
                     self._handed[pending.number] = pending
-                if not self._give(pending):
+                if not self._give(pending, partition):
                     return False
         return True
 
-    def _give(self, pending: _Pending) -> bool:
+    def _give(self, pending: _Pending, partition: int | None) -> bool:
         """Hands over one record. False where the client does not take any now."""
         try:
             given = self._client.send(
-                pending.topic, value=pending.value, key=pending.key, headers=list(pending.headers)
+                pending.topic,
+                value=pending.value,
+                key=pending.key,
+                headers=list(pending.headers),
+                partition=partition,
             )
         except kafka_errors.KafkaTimeoutError as error:  # it does not know the topic's partitions
             self._last_error = str(error)
@@ -220,8 +247,8 @@ class KafkaLogProducer:
             self._failed(pending, self._client, error)
             return False
         current = self._client
-        given.add_callback(lambda metadata: self._acknowledged(pending, current, metadata))
-        given.add_errback(lambda error: self._failed(pending, current, error))
+        given.add_callback(self._acknowledged, pending, current)
+        given.add_errback(self._failed, pending, current)
         return True
 
     def _acknowledged(self, pending: _Pending, source: Any, metadata: Any) -> None:
@@ -269,13 +296,12 @@ class KafkaLogProducer:
             if self._unfinished.pop(pending.number, None) is None:
                 return
             self._bytes -= pending.size
-            self._changed.notify_all()
+            self._ended.notify_all()
         if isinstance(result, Position):
-            ACKED.labels(pending.topic).inc()
-            pending.future.set_result(result)
+            _acked(pending.topic).inc()
         else:
             FAILED.labels(pending.topic, type(result).__name__).inc()
-            pending.future.set_exception(result)
+        pending.end(pending.index, result)
 
     def _connect(self) -> bool:
         if self._client is None:
@@ -296,17 +322,34 @@ class KafkaLogProducer:
                 return False
         return True
 
-    def _drop_client(self) -> None:
+    def _drop_client(self, drain: float = _DRAIN_SECONDS) -> None:
         dropped, self._client, self._known = self._client, None, {}
         if dropped is None:
             return
         try:
-            dropped.close(timeout=_DRAIN_SECONDS)
+            dropped.close(timeout=drain)
         except kafka_errors.KafkaTimeoutError:
             # Its `close` gives up before it has stopped its thread, and would be called again when it is collected.
             dropped._sender.force_close()
             dropped._sender.join(_DRAIN_SECONDS)
             dropped._closed = True
+
+
+def _resolve(future: Future[Position], _: int, outcome: Outcome) -> None:
+    if isinstance(outcome, Position):
+        future.set_result(outcome)
+    else:
+        future.set_exception(outcome)
+
+
+@cache
+def _sent(topic: str) -> Counter:
+    return SENT.labels(topic)
+
+
+@cache
+def _acked(topic: str) -> Counter:
+    return ACKED.labels(topic)
 
 
 def _refusal(error: Exception, pending: _Pending) -> errors.ThumbwheelError | None:

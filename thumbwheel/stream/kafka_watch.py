@@ -82,7 +82,12 @@ class Watch:
             self._wanted.update(wanted)
             for name in wanted:
                 self._refused.pop(name, None)
-        self.fresh(wanted, timeout, until=lambda: all(n in self._topics or n in self._refused for n in wanted))
+        try:
+            self.fresh(wanted, timeout, until=lambda: all(n in self._topics or n in self._refused for n in wanted))
+        finally:
+            with self._changed:
+                for name in (name for name, topic in wanted.items() if topic.republished):
+                    self._wanted.pop(name, None)
         for name, topic in wanted.items():
             if name in self._refused:
                 raise self._refused[name]

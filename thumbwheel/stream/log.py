@@ -6,10 +6,13 @@ Two implementations pass the same conformance suite: `kafka.KafkaLog` (any Kafka
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
+
+from thumbwheel import errors
 
 Headers = tuple[tuple[str, bytes], ...]
 
@@ -27,6 +30,35 @@ class Position(NamedTuple):
     topic: str
     partition: int
     offset: int
+
+
+Outgoing = tuple[str, bytes, bytes, Headers]
+"""A record to be sent: topic, key, value, headers."""
+
+Outcome = Position | errors.ThumbwheelError
+"""What became of a record that was sent."""
+
+
+class Outcomes:
+    """Gathers what becomes of `count` records, from any thread; `future` resolves with the last of them."""
+
+    def __init__(self, count: int) -> None:
+        self.future: Future[list[Outcome]] = Future()
+        self.future.set_running_or_notify_cancel()
+        self._outcomes: list[Outcome | None] = [None] * count
+        self._left = count
+        self._lock = threading.Lock()
+        if not count:
+            self.future.set_result([])
+
+    def end(self, index: int, outcome: Outcome) -> None:
+        """What became of one of them."""
+        self._outcomes[index] = outcome
+        with self._lock:
+            self._left -= 1
+            last = not self._left
+        if last:
+            self.future.set_result([outcome for outcome in self._outcomes if outcome is not None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +81,12 @@ class Producer(Protocol):
         """Queues a record and returns at once. The future resolves when the broker has acknowledged it (acks=all), or
         fails with `errors.Unavailable` after the delivery deadline, or with `errors.ResourceExhausted` when the queue
         is full.
+        """
+        ...
+
+    def send_all(self, records: Sequence[Outgoing]) -> Future[list[Outcome]]:
+        """As `send` of each in turn, at less cost. The future resolves when the last of them is acknowledged or has
+        failed, and brings what became of each. It never fails.
         """
         ...
 
@@ -138,12 +176,17 @@ class Log(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """A topic and how it is to be created."""
+    """A topic and how it is to be created.
+
+    `republished`: should the broker lose it, its one writer makes it anew and publishes everything again. Nobody else
+    may make it: what was on its way to the lost one would then come before all that is older.
+    """
 
     name: str
     partitions: int = 1
     replication: int = 1
     compacted: bool = False
+    republished: bool = False
 
 
 class LossDetector:

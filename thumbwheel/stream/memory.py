@@ -13,11 +13,21 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 from uuid_utils import uuid4
 
 from thumbwheel import errors
-from thumbwheel.stream.log import Headers, Position, Record, Topic, TopicPartition
+from thumbwheel.stream.log import (
+    Headers,
+    Outcome,
+    Outcomes,
+    Outgoing,
+    Position,
+    Record,
+    Topic,
+    TopicPartition,
+)
 
 AWAY = "The broker is away."
 
@@ -227,6 +237,13 @@ class MemoryProducer:
         future.add_done_callback(self._finished)
         return future
 
+    def send_all(self, records: Sequence[Outgoing]) -> Future[list[Outcome]]:
+        """See `Producer.send_all`."""
+        outcomes = Outcomes(len(records))
+        for i, (topic, key, value, headers) in enumerate(records):
+            self.send(topic, key, value, headers).add_done_callback(partial(_end, outcomes, i))
+        return outcomes.future
+
     def flush(self, timeout: float) -> None:
         """See `Producer.flush`."""
         with self._lock:
@@ -242,6 +259,15 @@ class MemoryProducer:
         with self._lock:
             self._unfinished.discard(future)
             self._lock.notify_all()
+
+
+def _end(outcomes: Outcomes, index: int, future: Future[Position]) -> None:
+    error = future.exception()
+    if error is None:
+        outcomes.end(index, future.result())
+        return
+    assert isinstance(error, errors.ThumbwheelError)
+    outcomes.end(index, error)
 
 
 class MemoryConsumer:

@@ -15,8 +15,8 @@ def topics(*, partitions: int, replication: int) -> tuple[Topic, ...]:
     """All topics. Keys keep the order within a prompt, so more partitions are safe."""
     return (
         Topic(GENERATIONS, partitions, replication),
-        Topic(FEEDBACK, partitions, replication),
-        Topic(COMPARISONS, partitions, replication),
+        Topic(FEEDBACK, partitions, replication, republished=True),
+        Topic(COMPARISONS, partitions, replication, republished=True),
         Topic(VERSIONS, 1, replication, compacted=True),
         Topic(DEADLETTER, 1, replication),
     )

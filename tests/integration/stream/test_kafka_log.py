@@ -92,6 +92,27 @@ def test_several_producers_survive_a_broker_that_gives_their_ids_away_again(
         producer.close(SECONDS)
 
 
+def test_a_republished_topic_is_made_anew_by_nobody_but_its_writer(broker: EmbeddedBroker) -> None:
+    log = KafkaLog(broker.bootstrap_servers, refresh_interval=0.05)
+    log.ensure_topics([Topic("ours"), Topic("again", republished=True)], SECONDS)
+    late = log.producer()
+    late.send("again", b"k", b"old").result(SECONDS)
+    broker.kill()
+    stranded = late.send("again", b"k", b"late")
+    broker.start()
+    late.send("ours", b"k", b"new").result(SECONDS)  # that topic is there again
+    assert log.topic_ids(["again"], SECONDS) == {}
+    assert not stranded.done()
+    with pytest.raises(errors.DeadlineExceeded):
+        late.close(0.0)
+    assert isinstance(stranded.exception(SECONDS), errors.Unavailable)
+    log.ensure_topics([Topic("again", republished=True)], SECONDS)
+    writer = log.producer()
+    assert writer.send("again", b"k", b"old").result(SECONDS).offset == 0
+    writer.close(SECONDS)
+    log.close()
+
+
 def test_a_duplicate_that_is_none_is_not_taken_for_success(log: KafkaLog) -> None:
     """A producer id that a broker has given away again: the sequence number is another record's."""
     producer = log.producer()

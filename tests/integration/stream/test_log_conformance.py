@@ -16,7 +16,7 @@ from tests.integration.stream.conftest import DELIVERY_TIMEOUT, QUEUE, Rig
 from thumbwheel import errors
 from thumbwheel.stream import deadletter
 from thumbwheel.stream.aio import acked, records
-from thumbwheel.stream.log import Consumer, LossDetector, Producer, Record, Topic, TopicPartition
+from thumbwheel.stream.log import Consumer, LossDetector, Position, Producer, Record, Topic, TopicPartition
 from thumbwheel.stream.topics import DEADLETTER
 from thumbwheel.v1.events_pb2 import ComparisonEvent, DeadLetter
 
@@ -296,6 +296,23 @@ def test_a_full_queue_refuses_at_once_and_keeps_what_it_has(rig: Rig, topic: str
     rig.resume()
     offsets = [f.result(SECONDS).offset for f in futures[:-1]]
     assert offsets == list(range(1, QUEUE + 1))
+    producer.close(SECONDS)
+
+
+def test_many_at_once_are_as_one_after_the_other(rig: Rig, topic: str) -> None:
+    producer = rig.log.producer()
+    assert producer.send_all([]).result(SECONDS) == []
+    values = [b"%d" % n for n in range(20)]
+    outcomes = producer.send_all([(topic, b"k", value, (("n", value),)) for value in values]).result(SECONDS)
+    assert [outcome.offset for outcome in outcomes if isinstance(outcome, Position)] == list(range(20))
+    rig.pause()
+    one_too_many = producer.send_all([(topic, b"k", b"late", ())] * (QUEUE + 1)).result(SECONDS)
+    assert [type(outcome) for outcome in one_too_many] == [errors.Unavailable] * QUEUE + [errors.ResourceExhausted]
+    rig.resume()
+    consumer = rig.log.consumer([topic], group="g")
+    got = read_until(consumer, lambda got: len(got) >= 20)[:20]
+    assert [(record.value, record.headers) for record in got] == [(value, (("n", value),)) for value in values]
+    consumer.close()
     producer.close(SECONDS)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ async def test_the_disk_is_waited_for(database: Database) -> None:
         assert await database.write(partial(pragma, name=name)) == value
 
 
-async def test_waiting_writes_share_a_commit_and_fail_alone(database: Database) -> None:
+@pytest.mark.parametrize("one_fails", [False, True])
+async def test_waiting_writes_share_a_commit_and_fail_alone(database: Database, one_fails: bool) -> None:
     begun, release = threading.Event(), threading.Event()
 
     def hold(connection: Connection) -> None:
@@ -68,16 +70,45 @@ async def test_waiting_writes_share_a_commit_and_fail_alone(database: Database) 
     first = asyncio.create_task(database.write(hold))
     await asyncio.to_thread(begun.wait, 10)
     writes = [asyncio.create_task(database.write(partial(write, id=str(i)))) for i in range(20)]
-    failing = asyncio.create_task(database.write(fail))
+    failing = [asyncio.create_task(database.write(fail))] if one_fails else []
     await asyncio.sleep(0)  # the tasks queue their writes
     release.set()
     await first
-    with pytest.raises(errors.Conflict):
-        await failing
+    for task in failing:
+        with pytest.raises(errors.Conflict):
+            await task
     await asyncio.gather(*writes)
-    assert len(transactions) == 20
-    assert all(transaction is transactions[0] for transaction in transactions), "one commit for all"
+    assert len(transactions) == (40 if one_fails else 20), "run again where one fails, and only there"
+    assert all(transaction is transactions[-1] for transaction in transactions[-20:]), "one commit for all"
     assert await database.read(ids) == [str(i) for i in range(20)]
+
+
+async def test_writes_of_one_kind_are_one_call(database: Database) -> None:
+    begun, release = threading.Event(), threading.Event()
+
+    def hold(connection: Connection) -> None:
+        begun.set()
+        assert release.wait(10)
+
+    calls: list[list[str]] = []
+
+    def put_all(connection: Connection, items: Sequence[str]) -> list[str | Exception]:
+        calls.append(list(items))
+        return [errors.Conflict("no") if item == "2" else put(connection, item) for item in items]
+
+    first = asyncio.create_task(database.write(hold))
+    await asyncio.to_thread(begun.wait, 10)
+    before = [asyncio.create_task(database.write_together(put_all, str(i))) for i in range(4)]
+    alone = asyncio.create_task(database.write(partial(put, id="alone")))
+    after = asyncio.create_task(database.write_together(put_all, "4"))
+    await asyncio.sleep(0)
+    release.set()
+    await first
+    assert await asyncio.gather(*before[:2], before[3], alone, after) == ["0", "1", "3", "alone", "4"]
+    with pytest.raises(errors.Conflict):
+        await before[2]
+    assert calls == [["0", "1", "2", "3"], ["4"]], "in order, and a refusal makes nothing run again"
+    assert await database.read(ids) == ["0", "1", "3", "alone", "4"]
 
 
 async def test_too_many_waiting_writes_are_refused(settings: CollectorSettings) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import operator
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import Future
 from functools import partial
 
@@ -18,7 +18,7 @@ from services.collector.relay import Relay
 from tests.unit.services.collector.parts import eventually
 from thumbwheel import errors
 from thumbwheel.stream import topics
-from thumbwheel.stream.log import Headers, Log, Position
+from thumbwheel.stream.log import Headers, Log, Position, Topic
 from thumbwheel.stream.memory import MemoryLog, MemoryProducer
 from thumbwheel.v1.events_pb2 import ComparisonEvent
 
@@ -154,6 +154,37 @@ async def test_all_is_published_again_when_the_broker_lost_it(
         await published(database)
     records = arrived(log)
     assert {number for _, number in records} == set(range(20 if idle else 21))
+
+
+class Fenced(MemoryLog):
+    """Says when topics are made, and how many producers are open then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open_when_made: list[int] = []
+        self.opened: list[MemoryProducer] = []
+
+    def producer(self) -> MemoryProducer:
+        self.opened.append(super().producer())
+        return self.opened[-1]
+
+    def ensure_topics(self, topics: Iterable[Topic], timeout: float) -> None:
+        self.open_when_made.append(sum(not producer._closed for producer in self.opened))
+        super().ensure_topics(topics, timeout)
+
+
+async def test_topics_are_made_anew_only_when_nothing_is_on_its_way_to_them(
+    database: Database, settings: CollectorSettings
+) -> None:
+    log = Fenced()
+    await commit(database, range(20))
+    async with running(database, log, settings):
+        await published(database)
+        log.lose()
+        await eventually(lambda: asyncio.to_thread(arrived, log), lambda records: len(records) == 20)
+    assert log.open_when_made == [0, 0]
+    assert in_order(arrived(log))
+    log.close()
 
 
 async def test_a_loss_while_it_was_down_is_noticed_at_the_start(

@@ -1,0 +1,345 @@
+"""The collector against what bounds it: acknowledged feedback, latency of an acknowledgement, and the relay.
+
+    make bench-collector ARGS="--rounds 7 --votes 3000"
+
+The collector is the real process; clients are one other process. Votes are comparisons whose responses are there, so
+each is joined and curated, and leaves two events in the outbox. Peers, one round each beside each round of ours:
+
+    ack_vs_bare_*       the rows of that very round, through the database's driver, in commits as large as the
+                        collector's were on average; no gRPC, no checks, no lookups, no library above the driver
+    ack_vs_echo         a unary gRPC echo of the same messages, by the same clients
+    ack_p99_vs_commit   at half of that round's rate, requests at random times; the peer is one vote's rows a commit
+    relay_vs_bare       after a broker's loss all is published again; the peer is a kafka-python producer, set alike,
+                        that sends the same records to the same broker
+
+While acknowledgements are measured the broker is away, as the relay would share the clients' two cores; how much it
+takes when it is there is `ack_while_relaying`, the rate with it over the rate without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from bench.collector_clients import write_requests
+from bench.collector_peers import ECHO, TABLES, Event, Plain, Rows, groups, produce
+from bench.harness import Ratio, Target, percentile, report, rounds
+from services.collector.database import Database
+from tests.faults.observe import Query, postgres_query, sqlite_query
+from tests.faults.postgres import Postgres
+from tests.support import Process, free_port
+from tests.unit.services.collector import parts
+from tests.unit.services.collector.parts import Deployment
+from thumbwheel.stream import open_log, topics
+from thumbwheel.stream.broker import EmbeddedBroker
+from thumbwheel.stream.log import Topic
+from thumbwheel.v1.preference_pb2 import SubmitFeedbackRequest
+
+SUBMIT = "/thumbwheel.v1.PreferenceService/SubmitFeedback"
+CLIENTS = 64
+_WORDS = "a plain answer of some length that says what there is to say and then stops for good "
+_SECONDS = 300.0
+
+
+@dataclass
+class Service:
+    """A collector on one database, its broker, and votes that nobody has cast yet."""
+
+    home: Path
+    database: str
+    pairs: int
+    votes: int = 0
+    postgres: Postgres | None = None
+    broker: EmbeddedBroker = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.deployment = Deployment.at(self.home)
+        self.broker = EmbeddedBroker(port=free_port(), log=self.home / "broker.log")
+        arguments = ["--home", str(self.home), "--bootstrap-servers", self.broker.bootstrap_servers]
+        if self.database == "postgres":
+            self.postgres = Postgres().start()
+            arguments += ["--database", self.postgres.url]
+        self.process = Process("services.collector", arguments, self.home / "collector.log")
+        self.pool = [self.deployment.pair(f"{_WORDS * 2}{i}", f"{_WORDS * 3}{i}") for i in range(self.pairs)]
+
+    @property
+    def query(self) -> Query:
+        """Plain SQL."""
+        if self.postgres is not None:
+            return postgres_query(self.postgres.conninfo)
+        return sqlite_query(self.home / "collector.db")
+
+    def start(self) -> None:
+        """Starts it, and lets it take in what will be voted on; then the broker goes."""
+        self.broker.start()
+        self.process.start().wait_serving()
+        log = open_log(self.broker.bootstrap_servers)
+        producer = log.producer()
+        for pair in self.pool:
+            for event in pair:
+                key = event.generation.prompt_id.encode()
+                producer.send(topics.GENERATIONS, key, event.SerializeToString())
+            producer.flush(_SECONDS)
+        self.until("SELECT count(*) FROM generations", 2 * self.pairs)
+        producer.close(1.0)
+        log.close()
+        self.broker.kill()
+
+    def until(self, sql: str, value: int) -> None:
+        """Waits until this is the answer."""
+        deadline = time.monotonic() + _SECONDS
+        while self.query(sql) != [(value,)]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{sql}: not {value}")
+            time.sleep(0.1)
+
+    def requests(self, count: int) -> Path:
+        """A file of votes, each by a user who has not judged that pair."""
+        made = []
+        for _ in range(count):
+            a, b = self.pool[self.votes % self.pairs]
+            vote = parts.comparison(a, b, key=f"key-{self.votes}", user=f"user-{self.votes}")
+            made.append(SubmitFeedbackRequest(feedback=vote).SerializeToString())
+            self.votes += 1
+        path = self.home / "requests"
+        write_requests(path, made)
+        return path
+
+    def commit_size(self) -> tuple[float, float]:
+        """Writes and commits so far."""
+        url = f"http://127.0.0.1:{self.process.metrics_port}/metrics"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        found = dict(line.rsplit(" ", 1) for line in lines if line.startswith("thumbwheel_collector_commit_writes_"))
+        return tuple(float(found[f"thumbwheel_collector_commit_writes_{name}"]) for name in ("sum", "count"))  # type: ignore[return-value]  # two names, two values
+
+    def close(self) -> None:
+        """Ends all of it."""
+        self.process.kill()
+        self.broker.kill()
+        if self.postgres is not None:
+            self.postgres.remove()
+
+
+def send(address: str, method: str, file: Path, rate: float = 0.0) -> tuple[float, list[float]]:
+    """Requests a second, and the latencies, of the client process."""
+    command = [sys.executable, "-m", "bench.collector_clients", address, method, str(file)]
+    run = subprocess.run(
+        [*command, "--clients", str(CLIENTS), "--rate", str(rate)],
+        check=True,
+        stdout=subprocess.PIPE,
+        timeout=_SECONDS,
+    )
+    said = json.loads(run.stdout)
+    return said["requests"] / said["seconds"], said["latencies"]
+
+
+class Written:
+    """Reads what a round has written, and has a plain connection to a like database beside it."""
+
+    def __init__(self, service: Service) -> None:
+        self._query = service.query
+        url = f"sqlite:///{service.home / 'bare.db'}"
+        target: Path | str = service.home / "bare.db"
+        if service.postgres is not None:
+            with contextlib.closing(_psycopg(service.postgres.conninfo)) as connection:
+                connection.execute("CREATE DATABASE bare")
+            url = service.postgres.url.replace("/postgres", "/bare")
+            target = service.postgres.conninfo.replace("dbname=postgres", "dbname=bare")
+        Database(url).close()  # makes the tables
+        self.columns = {table: self._columns(table, service) for table in TABLES}
+        self.plain = Plain(target, self.columns)
+        self._feedback, self._outbox = "", 0
+
+    def rows(self) -> Rows:
+        """What was written since the last call."""
+        names = {table: ", ".join(columns) for table, columns in self.columns.items()}
+        new = f"feedback_id > '{self._feedback}' ORDER BY feedback_id"
+        rows = {
+            "feedback": self._query(f"SELECT {names['feedback']} FROM feedback WHERE {new}"),
+            "feedback_generations": self._query(
+                f"SELECT {names['feedback_generations']} FROM feedback_generations WHERE {new}"
+            ),
+            "outbox": self._query(f"SELECT {names['outbox']} FROM outbox WHERE id > {self._outbox} ORDER BY id"),
+        }
+        self._feedback = max((row[0] for row in rows["feedback"]), default=self._feedback)
+        self._outbox = max((row[0] for row in rows["outbox"]), default=self._outbox)
+        return rows
+
+    def _columns(self, table: str, service: Service) -> list[str]:
+        sql = f"SELECT name FROM pragma_table_info('{table}')"
+        if service.postgres is not None:
+            sql = (
+                "SELECT column_name FROM information_schema.columns "
+                f"WHERE table_name = '{table}' ORDER BY ordinal_position"
+            )
+        return [name for (name,) in self._query(sql)]
+
+
+def _psycopg(conninfo: str) -> Any:
+    import psycopg
+
+    return psycopg.connect(conninfo, autocommit=True)
+
+
+@dataclass
+class Bench:
+    """One service, and its ratios."""
+
+    service: Service
+    written: Written
+    count: int
+    ratios: Mapping[str, Ratio]
+    echo_address: str = ""
+    rate: float = 0.0
+    rows: Rows = field(default_factory=dict)
+
+    def acknowledge(self) -> None:
+        """The rate of acknowledgements, then the same rows without all that."""
+        file = self.service.requests(self.count)
+        writes, commits = self.service.commit_size()
+        self.rate, _ = send(self.service.process.address, SUBMIT, file)
+        writes_after, commits_after = self.service.commit_size()
+        size = max(1, round((writes_after - writes) / (commits_after - commits)))
+        self.rows = self.written.rows()
+        work = list(groups(self.rows, size))
+        began = time.perf_counter()
+        for group in work:
+            self.written.plain.commit(group)
+        self.ratios["bare"].add(self.rate, self.count / (time.perf_counter() - began))
+        if self.echo_address:
+            self.ratios["echo"].add(self.rate, send(self.echo_address, ECHO, file)[0])
+
+    def respond(self) -> None:
+        """The latency at half of the rate, then that of a commit of one vote."""
+        rate = self.rate / 2
+        count = min(self.count, max(200, int(rate * 5)))
+        _, latencies = send(self.service.process.address, SUBMIT, self.service.requests(count), rate)
+        commits = []
+        for group in groups(self.written.rows(), 1):
+            began = time.perf_counter()
+            self.written.plain.commit(group)
+            commits.append(time.perf_counter() - began)
+        self.ratios["latency"].add(1e3 * percentile(latencies, 0.99), 1e3 * percentile(commits, 0.99))
+
+    def publish(self) -> None:
+        """Votes while the relay works, then all of the outbox after the broker's loss, then the same by a producer."""
+        broker = self.service.broker
+        broker.start()
+        rate, _ = send(self.service.process.address, SUBMIT, self.service.requests(self.count))
+        self.ratios["relaying"].add(rate, self.rate)
+        self._until_published()
+        broker.kill()
+        broker.start()
+        self._until_published(again=True)
+        bursts = self.service.query("SELECT published_at, count(*) FROM outbox GROUP BY published_at ORDER BY 1")
+        seconds = (bursts[-1][0] - bursts[0][0]) / 1e6
+        ours = sum(count for _, count in bursts[1:]) / seconds
+        self.ratios["relay"].add(ours, produce(broker.bootstrap_servers, self._events()))
+        broker.kill()
+
+    def _until_published(self, *, again: bool = False) -> None:
+        if again:
+            deadline = time.monotonic() + _SECONDS
+            while self.service.query("SELECT count(*) FROM outbox WHERE published_at IS NULL") == [(0,)]:
+                assert time.monotonic() < deadline, "the loss was not noticed"
+                time.sleep(0.02)
+        self.service.until("SELECT count(*) FROM outbox WHERE published_at IS NULL", 0)
+
+    def _events(self) -> list[Event]:
+        log = open_log(self.service.broker.bootstrap_servers)
+        log.ensure_topics([Topic("bare.feedback"), Topic("bare.comparisons")], 30.0)
+        log.close()
+        found = self.service.query("SELECT topic, key, value, event_id, schema FROM outbox ORDER BY id")
+        return [
+            Event(
+                "bare.feedback" if topic == topics.FEEDBACK else "bare.comparisons",
+                bytes(key),
+                bytes(value),
+                [("schema", schema.encode()), ("event_id", event_id.encode())],
+            )
+            for topic, key, value, event_id, schema in found
+        ]
+
+
+@contextlib.contextmanager
+def running(database: str, pairs: int) -> Iterator[Service]:
+    """A service that has taken in its responses."""
+    with tempfile.TemporaryDirectory(prefix="thumbwheel-bench-") as folder:
+        service = Service(Path(folder), database, pairs)
+        try:
+            service.start()
+            yield service
+        finally:
+            service.close()
+
+
+@contextlib.contextmanager
+def echoing() -> Iterator[str]:
+    """Address of an echo."""
+    echo = subprocess.Popen([sys.executable, "-m", "bench.collector_peers"], stdout=subprocess.PIPE, text=True)
+    assert echo.stdout is not None
+    try:
+        yield f"127.0.0.1:{echo.stdout.readline().strip()}"
+    finally:
+        echo.kill()
+        echo.wait()
+        echo.stdout.close()
+
+
+def measure(database: str, count: int, runs: int) -> list[Ratio]:
+    """All ratios on SQLite; on PostgreSQL those in which it differs."""
+    ratios = {
+        "bare": Ratio(f"ack_vs_bare_{database}", "acks/s", Target(least=0.5)),
+        "echo": Ratio("ack_vs_echo", "acks/s", Target(least=0.6)),
+        "latency": Ratio("ack_p99_vs_commit", "ms", Target(most=3.0)),
+        "relaying": Ratio("ack_while_relaying", "acks/s"),
+        "relay": Ratio("relay_vs_bare", "events/s", Target(least=0.9)),
+    }
+    with running(database, pairs=count // 4) as service, echoing() as echo:
+        bench = Bench(service, Written(service), count, ratios, echo if database == "sqlite" else "")
+        steps = {"acknowledge": bench.acknowledge}
+        if database == "sqlite":
+            steps |= {"respond": bench.respond, "publish": bench.publish}
+        bench.acknowledge()  # caches, and SQLAlchemy's statements
+        for ratio in ratios.values():
+            ratio.ours.clear()
+            ratio.peer.clear()
+        rounds(runs, steps)
+        bench.written.plain.close()
+    return [ratio for ratio in ratios.values() if ratio.ours]
+
+
+def curation() -> dict[str, float]:
+    """The ratios of `bench.curation`, which is run, where it is there."""
+    if find_spec("bench.curation") is None:
+        return {}
+    run = subprocess.run([sys.executable, "-m", "bench.curation"], check=True, stdout=subprocess.PIPE, text=True)
+    print(run.stdout, end="")
+    ratios: dict[str, float] = json.loads(run.stdout.splitlines()[-1])["ratios"]
+    return ratios
+
+
+def main() -> None:
+    """Parses the arguments, measures and reports."""
+    parser = argparse.ArgumentParser(prog="make bench-collector", description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--votes", type=int, default=3_000, help="a round (default %(default)s)")
+    given = parser.parse_args()
+    ratios = [ratio for name in ("sqlite", "postgres") for ratio in measure(name, given.votes, given.rounds)]
+    report("collector", ratios, given.rounds, also=curation())
+
+
+if __name__ == "__main__":
+    main()
