@@ -65,6 +65,9 @@ class Vote:
     b: Response | None = None
     """The response shown second; an edit's original; None for a thumb."""
 
+    prompt_sha256: bytes = b""
+    """SHA-256 of the prompt as the model saw it. Thumbs are paired only where it is the same."""
+
     edit: bool = False
     """`a` is the user's own text in place of `b`."""
 
