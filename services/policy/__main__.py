@@ -13,6 +13,7 @@ async def main(settings: PolicySettings) -> None:
     from services.engine import Engine
     from services.policy.recording import Recorder
     from services.policy.service import Limits, PolicyService
+    from services.policy.spool import Spool
     from services.prompts import PromptEncoder
     from services.versions import Follower, newest_verified
     from thumbwheel.auth import ManifestVerifier, ReceiptKey
@@ -28,7 +29,8 @@ async def main(settings: PolicySettings) -> None:
     log = open_log(settings.bootstrap_servers)
     try:
         encoder = await asyncio.to_thread(PromptEncoder, version.path)
-        recorder = Recorder(log, capacity=settings.recorder_capacity)
+        spool = await asyncio.to_thread(Spool, settings.spool_path, limit=settings.spool_bytes)
+        recorder = Recorder(log, spool)
         limits = Limits(settings.max_model_len, settings.max_tokens, settings.max_in_flight)
         service = PolicyService(engine=engine, encoder=encoder, recorder=recorder, key=key, limits=limits)
         follower = Follower(log=log, store=store, engine=engine, role=ModelRole.MODEL_ROLE_POLICY, process="policy")
@@ -38,7 +40,12 @@ async def main(settings: PolicySettings) -> None:
             metrics_port=settings.metrics_port,
             services=["thumbwheel.v1.PolicyService"],
             register=lambda server: add_PolicyServiceServicer_to_server(service, server),
-            background={"recorder": recorder.run, "follower": follower.run, "engine": engine.watch},
+            background={
+                "keeper": recorder.keep,
+                "sender": recorder.send,
+                "follower": follower.run,
+                "engine": engine.watch,
+            },
             drained=lambda: recorder.flush(timeout=10.0),
             drain_seconds=settings.drain_seconds,
         )
