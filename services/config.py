@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from thumbwheel.config import Settings
+from thumbwheel.config import ServerSettings
 
 
-class EngineSettings(Settings):
+class EngineSettings(ServerSettings):
     """A process that serves a model with vLLM."""
 
     max_model_len: int = Field(default=2048, ge=32)
@@ -18,6 +18,9 @@ class EngineSettings(Settings):
 
     max_in_flight: int = Field(default=512, ge=1)
     """Calls handled at once; more are told to retry."""
+
+    max_queue_seconds: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    """Longest time that a call may be expected to wait for its turn; where it would be longer, it is told to retry."""
 
     kv_cache_gib: int = Field(default=1, ge=1)
     """KV cache of vLLM's CPU backend, in GiB."""

@@ -22,20 +22,22 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import Counter, Gauge, Histogram
 
-from thumbwheel import errors, telemetry
+from thumbwheel import calls, errors, telemetry
+from thumbwheel.access import Security, metadata
+from thumbwheel.calls import DEFAULT_TENANT, MAX_MESSAGE_BYTES
+from thumbwheel.calls import TENANT_KEY as TENANT_KEY  # what `tenant` reads
 from thumbwheel.config import split_address
 
 logger = logging.getLogger(__name__)
-
-MAX_MESSAGE_BYTES = 16 * 2**20
-TENANT_KEY = "thumbwheel-tenant"
-DEFAULT_TENANT = "default"
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),
+    # A client that is gone without a word is noticed, and what it asked for ends, within 50 seconds.
     ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 ]
 
@@ -57,22 +59,22 @@ Background = Callable[[], Awaitable[None]]
 
 
 def tenant(context: grpc.aio.ServicerContext[Any, Any]) -> str:
-    """The tenant of a call, from its metadata."""
-    for key, value in context.invocation_metadata() or ():
-        if key == TENANT_KEY:
-            return value if isinstance(value, str) else value.decode()
-    return DEFAULT_TENANT
+    """The tenant of a call: that of its API key, or what its metadata says where no key is needed."""
+    if (caller := calls.caller()) is not None:
+        return caller.tenant
+    return metadata(context).get(TENANT_KEY, DEFAULT_TENANT)
 
 
 @contextlib.asynccontextmanager
-async def _call(method: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
-    """Counts and times one call, and turns our exceptions into statuses with details."""
+async def _call(method: str, context: grpc.aio.ServicerContext[Any, Any], security: Security) -> AsyncIterator[None]:
+    """Guards, counts and times one call, and turns our exceptions into statuses with details."""
     service, _, name = method.lstrip("/").partition("/")
     STARTED.labels(service, name).inc()
     started, code = time.perf_counter(), grpc.StatusCode.OK
     IN_FLIGHT.inc()
     try:
-        yield
+        with security.call(method, context):
+            yield
     except errors.ThumbwheelError as error:
         code = error.code
         context.set_trailing_metadata((("grpc-status-details-bin", errors.to_status(error).SerializeToString()),))
@@ -96,6 +98,9 @@ async def _call(method: str, context: grpc.aio.ServicerContext[Any, Any]) -> Asy
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every handler, unary or streaming, in `_call`."""
 
+    def __init__(self, security: Security | None = None) -> None:
+        self._security = security or Security()
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
@@ -111,7 +116,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             produce = inner.stream_stream if inner.request_streaming else inner.unary_stream
 
             async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-                async with _call(method, context), contextlib.aclosing(produce(request, context)) as responses:
+                async with (
+                    _call(method, context, self._security),
+                    contextlib.aclosing(produce(request, context)) as responses,
+                ):
                     async for response in responses:
                         yield response
 
@@ -125,7 +133,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         answer = inner.stream_unary if inner.request_streaming else inner.unary_unary
 
         async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            async with _call(method, context):
+            async with _call(method, context, self._security):
                 return await answer(request, context)
 
         make = grpc.stream_unary_rpc_method_handler if inner.request_streaming else grpc.unary_unary_rpc_method_handler
@@ -133,9 +141,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return wrapped_unary
 
 
-def _bind(server: grpc.aio.Server | grpc.Server, listen: str, process: str) -> int:
+def _bind(
+    server: grpc.aio.Server | grpc.Server, listen: str, process: str, credentials: grpc.ServerCredentials | None = None
+) -> int:
     try:
-        port = server.add_insecure_port(listen)
+        port = server.add_insecure_port(listen) if credentials is None else server.add_secure_port(listen, credentials)
     except RuntimeError:
         port = 0
     if port == 0:
@@ -156,21 +166,29 @@ async def serve(
     background: Mapping[str, Background],
     drained: Background | None = None,
     drain_seconds: float = 30.0,
+    security: Security | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT; then refuses new calls, lets those in flight end, and returns.
 
-    `services` are full gRPC names, for health and reflection. Raises `errors.PortInUse`, or whatever stopped a
-    background task. Calls still running `drain_seconds` after the signal are cancelled; `drained` is awaited when the
-    last has ended and background tasks still run.
+    `services` are full gRPC names, for health and reflection. Without `security` there are neither keys nor TLS, and
+    only this machine is served. Raises `errors.PortInUse`, `errors.FailedPrecondition` for an address that other
+    machines could call unguarded or a certificate that cannot be used, or whatever stopped a background task. Calls
+    still running `drain_seconds` after the signal are cancelled; `drained` is awaited when the last has ended and
+    background tasks still run.
     """
     host, _ = split_address(listen)
+    security = security or Security()
+    security.check_address(listen)
+    credentials = None if security.tls is None else security.tls.credentials()
+    if security.keys is not None:
+        background = {**background, "api-keys": security.watch}
     with telemetry.metrics_server(metrics_port, process=process, host=host) as bound_metrics_port:
-        server = grpc.aio.server(interceptors=[CallInterceptor()], options=_OPTIONS)
+        server = grpc.aio.server(interceptors=[CallInterceptor(security)], options=_OPTIONS)
         register(server)
         health_servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-        port = _bind(server, listen, process)
+        port = _bind(server, listen, process, credentials)
         with _stop_signals() as stop:
             tasks = {asyncio.create_task(_forever(run), name=name) for name, run in background.items()}
             stopping = asyncio.create_task(stop.wait(), name="stop")
