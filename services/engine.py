@@ -72,7 +72,9 @@ class Engine:
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        kwargs: dict[str, Any] = {"runner": "pooling", "convert": "classify"} if pooling else {}
+        kwargs: dict[str, Any] = (
+            {"runner": "pooling", "convert": "classify"} if pooling else {"scheduling_policy": "priority"}
+        )
         args = AsyncEngineArgs(
             model=str(version.path),
             dtype="bfloat16",
@@ -101,6 +103,12 @@ class Engine:
     def version(self) -> str:
         """The version that new requests are served with."""
         return self.live.manifest.version
+
+    @property
+    def kv_tokens(self) -> int | None:
+        """Tokens that the KV cache holds; None where the engine does not say."""
+        cache = self.llm.vllm_config.cache_config
+        return cache.num_gpu_blocks * cache.block_size if cache.num_gpu_blocks else None
 
     async def swap(self, target: VerifiedVersion) -> Swap:
         """Serves `target` from now on; requests in flight go on with it. One swap at a time; the rest wait.

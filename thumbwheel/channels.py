@@ -46,7 +46,7 @@ def open_channel(
     address: str, *, tls: ClientTls | None = None, options: Sequence[tuple[str, int | str]] = ()
 ) -> grpc.aio.Channel:
     """A channel to "host:port", encrypted where `tls` is given. Does not wait for the server."""
-    everything = [*_OPTIONS, *options]
+    everything = list({**dict(_OPTIONS), **dict(options)}.items())
     if tls is None:
         return grpc.aio.insecure_channel(address, options=everything)
     return grpc.aio.secure_channel(address, tls.credentials(), options=everything)

@@ -203,6 +203,9 @@ def from_rpc_error(error: grpc.RpcError) -> ThumbwheelError:
         return InvalidArgument(message, field=field, remedy=remedy)
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return ResourceExhausted(message, retry_after=retry, remedy=remedy)
+    if code == grpc.StatusCode.CANCELLED:
+        # Never ours: a call that its own side cancels ends in another exception.
+        return Unavailable("The server ended the call, as it does when it stops.", remedy="Try again.")
     kind = _BY_REASON.get(info.reason) or _BY_CODE.get(code)
     if kind is None:
         return Internal(f"{code.name}: {message}")

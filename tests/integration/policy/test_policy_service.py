@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from services.policy.service import prompt_sha256
+from services.policy.generating import prompt_sha256
 from tests.support import Deployment, Process, announce, free_port, until
 from thumbwheel import errors
 from thumbwheel.auth import ReceiptKey
