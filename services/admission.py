@@ -35,11 +35,8 @@ _LEAST_RETRY = 0.1
 
 @dataclass
 class Ticket:
-    """A call that is in. `used` is set to the tokens it came to, where that is known."""
+    """A call that is in. `used` is set to the tokens that its response came to, where that is known."""
 
-    sequences: int
-    prompt: int
-    allowed: int
     used: int | None = None
 
 
@@ -65,7 +62,9 @@ class Admission:
         self._tokens = 0.0  # expected of all that is in
         self._share = 1.0  # of the tokens allowed, those that responses come to
         self._rate = 0.0
-        self._done, self._full, self._full_since = 0.0, 0.0, math.nan  # tokens and seconds of the present window
+        self._full, self._at, self._is_full = 0.0, clock(), False  # seconds that the engine was full, until `_at`
+        # `_full` where the present window began and where something was done last, and the tokens done between.
+        self._window, self._last, self._done = 0.0, 0.0, 0.0
 
     @classmethod
     def of(cls, settings: EngineSettings, *, reserved: int = 0, kv_tokens: int | None = None) -> Admission:
@@ -85,18 +84,22 @@ class Admission:
         """
         expected = prompt + allowed * self._share
         self._refuse(sequences, expected)
-        ticket = Ticket(sequences, prompt, allowed)
+        self._measure()
+        ticket, began, full_before = Ticket(), self._at, self._full
         self.in_flight += sequences
         self._tokens += expected
         self._measure()
         try:
             yield ticket
         finally:
+            self._measure()
             self.in_flight -= sequences
             self._tokens = max(0.0, self._tokens - expected) if self.in_flight else 0.0
             if ticket.used is not None:
-                if not math.isnan(self._full_since):
-                    self._done += prompt + ticket.used
+                # Of its tokens, those that were made while the engine was full.
+                lasted = self._at - began
+                self._done += (prompt + ticket.used) * ((self._full - full_before) / lasted if lasted > 0 else 0.0)
+                self._last = self._full
                 if allowed:
                     self._share += _SHARE_WEIGHT * (ticket.used / allowed - self._share)
             self._measure()
@@ -105,7 +108,7 @@ class Admission:
         """Seconds until these sequences would have their turn; infinite where that is not known and the queue long."""
         if self.in_flight == 0:
             return 0.0  # however large it is, it waits for nobody
-        mean = (self._tokens + tokens) / (self.in_flight + sequences) or 1.0
+        mean = self._tokens / self.in_flight or 1.0
         first = float(self.in_flight + sequences - self._slots)
         if self._kv_tokens is not None:
             first = max(first, (self._tokens + tokens - self._kv_tokens) / mean)
@@ -137,14 +140,14 @@ class Admission:
             )
 
     def _measure(self) -> None:
-        """Opens and closes the windows in which the engine is full."""
-        now, full = self._clock(), self.in_flight >= self._slots
-        if not math.isnan(self._full_since):
-            self._full += now - self._full_since
-            self._full_since = now
-        if self._full >= _WINDOW_SECONDS and self._done:
-            rate = self._done / self._full
+        """Closes the window where it has enough to say, and counts the time since the last change."""
+        now = self._clock()
+        # Many may end in one instant, so a window ends with the instant, not within it.
+        if now > self._at and (seconds := self._last - self._window) >= _WINDOW_SECONDS and self._done:
+            rate = self._done / seconds
             self._rate = rate if not self._rate else self._rate + _RATE_WEIGHT * (rate - self._rate)
             RATE.set(self._rate)
-            self._done, self._full = 0.0, 0.0
-        self._full_since = now if full else math.nan
+            self._window, self._done = self._last, 0.0
+        if self._is_full:
+            self._full += now - self._at
+        self._at, self._is_full = now, self.in_flight >= self._slots
