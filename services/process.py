@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from services.config import EngineSettings
@@ -43,6 +43,7 @@ class Model:
         *,
         background: dict[str, Background] | None = None,
         drained: Background | None = None,
+        stopping: Callable[[], None] | None = None,
     ) -> None:
         """Serves `service`, a full gRPC name, until SIGTERM. See `serving.serve`."""
         settings = self.settings
@@ -56,6 +57,7 @@ class Model:
             drained=drained,
             drain_seconds=settings.drain_seconds,
             security=self.security,
+            stopping=stopping,
         )
 
 

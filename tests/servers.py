@@ -34,7 +34,12 @@ class Service(PolicyServiceServicer):
 
     async def GenerateCandidates(self, request: Any, context: Any) -> Any: ...
 
-    def GenerateBulk(self, request_iterator: Any, context: Any) -> Any: ...
+    async def GenerateBulk(
+        self, request_iterator: AsyncIterator[pb.GenerateBulkRequest], context: Any
+    ) -> AsyncIterator[pb.GenerateBulkResponse]:
+        async for request in request_iterator:
+            yield pb.GenerateBulkResponse(request_id=request.request_id)
+            await self.answer()
 
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: Any) -> pb.GetPolicyResponse:
         return pb.GetPolicyResponse(version="policy-000000")

@@ -32,6 +32,8 @@ _OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 3_000),
 ]
+# What grpc.aio says of a call that the server ended while a request was being sent, whatever the server said.
+_WRITE_FAILED = "Internal error from Core"
 _ATTEMPTS = 5
 _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 3.0
@@ -106,9 +108,15 @@ class Attempts:
         """Seconds until the deadline, for the next attempt."""
         return max(0.001, self._deadline - time.monotonic())
 
+    def reset(self) -> None:
+        """It went well for a while: the next pause is short again, and the count begins anew."""
+        self._made = 0
+
     async def again(self, error: grpc.aio.AioRpcError) -> None:
         """Waits until the next attempt. Raises the typed error where there is to be none."""
         typed = errors.from_rpc_error(error)
+        if error.details() == _WRITE_FAILED:
+            typed = errors.Unavailable("The server ended the call while it was written to.", remedy="Try again.")
         self._made += 1
         pause = min(_FIRST_PAUSE * 2 ** (self._made - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
         if isinstance(typed, errors.ResourceExhausted) and typed.retry_after > 0:

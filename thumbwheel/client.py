@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Self, TypeAlias, TypeVar
 
@@ -22,7 +22,7 @@ import grpc.aio
 import uuid_utils
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from thumbwheel import errors
+from thumbwheel import bulk, errors
 from thumbwheel.calls import TENANT_KEY
 from thumbwheel.channels import Attempts, Metadata, Pool, check_key, unary
 from thumbwheel.tls import ClientTls
@@ -157,6 +157,21 @@ class AsyncClient:
         """`n` responses to one prompt, to be compared."""
         request = policy_pb.GenerateCandidatesRequest(prompt=to_prompt(prompt), sampling=sampling, n=n, user_id=user_id)
         return await self._unary(self._policy.stub.GenerateCandidates, request)
+
+    def bulk(
+        self, requests: AsyncIterable[policy_pb.GenerateBulkRequest], *, timeout: float = 86_400.0
+    ) -> AsyncGenerator[policy_pb.GenerateBulkResponse, None]:
+        """Responses to many requests, as they are finished, behind what people ask for. Each has an id of its own.
+
+        A server that stops midway hands over to the next: what it did not answer is asked again. `timeout` is for all.
+        """
+
+        def open_call(
+            feed: AsyncIterator[policy_pb.GenerateBulkRequest], left: float
+        ) -> grpc.aio.StreamStreamCall[policy_pb.GenerateBulkRequest, policy_pb.GenerateBulkResponse]:
+            return self._policy.stub.GenerateBulk(feed, timeout=left, metadata=self._metadata)
+
+        return bulk.responses(open_call, requests, timeout=timeout)
 
     async def policy(self) -> policy_pb.GetPolicyResponse:
         """The live policy version, limits, and swaps so far."""

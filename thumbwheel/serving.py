@@ -167,14 +167,15 @@ async def serve(
     drained: Background | None = None,
     drain_seconds: float = 30.0,
     security: Security | None = None,
+    stopping: Callable[[], None] | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT; then refuses new calls, lets those in flight end, and returns.
 
     `services` are full gRPC names, for health and reflection. Without `security` there are neither keys nor TLS, and
     only this machine is served. Raises `errors.PortInUse`, `errors.FailedPrecondition` for an address that other
     machines could call unguarded or a certificate that cannot be used, or whatever stopped a background task. Calls
-    still running `drain_seconds` after the signal are cancelled; `drained` is awaited when the last has ended and
-    background tasks still run.
+    still running `drain_seconds` after the signal are cancelled: `stopping` is called first, for those that would never
+    end; `drained` is awaited when the last has ended and background tasks still run.
     """
     host, _ = split_address(listen)
     security = security or Security()
@@ -191,24 +192,26 @@ async def serve(
         port = _bind(server, listen, process, credentials)
         with _stop_signals() as stop:
             tasks = {asyncio.create_task(_forever(run), name=name) for name, run in background.items()}
-            stopping = asyncio.create_task(stop.wait(), name="stop")
+            signalled = asyncio.create_task(stop.wait(), name="stop")
             try:
                 await server.start()
                 for name in ("", *services):
                     await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
                 logger.info("serving", extra={"address": f"{host}:{port}", "metrics_port": bound_metrics_port})
-                done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-                for task in done - {stopping}:
+                done, _ = await asyncio.wait({signalled, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+                for task in done - {signalled}:
                     logger.critical("background task %s stopped", task.get_name(), exc_info=task.exception())
                     raise errors.Internal(f"{process} stopped: its task {task.get_name()} ended: {task.exception()}.")
             finally:
                 await health_servicer.enter_graceful_shutdown()
+                if stopping is not None:
+                    stopping()
                 await server.stop(drain_seconds)
-                if drained is not None and stopping.done():
+                if drained is not None and signalled.done():
                     await drained()
-                for task in (*tasks, stopping):
+                for task in (*tasks, signalled):
                     task.cancel()
-                await asyncio.gather(*tasks, stopping, return_exceptions=True)
+                await asyncio.gather(*tasks, signalled, return_exceptions=True)
                 logger.info("stopped")
 
 

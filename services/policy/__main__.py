@@ -41,6 +41,7 @@ async def main(settings: PolicySettings) -> None:
                 lambda server: add_PolicyServiceServicer_to_server(service, server),
                 background={"keeper": recorder.keep, "sender": recorder.send},
                 drained=lambda: recorder.flush(timeout=10.0),
+                stopping=bulk.stop,
             )
         finally:
             await recorder.close()

@@ -31,11 +31,19 @@ class Bulk:
         self._generating, self.slots, self._people = generating, slots, people
         self.running = 0
         self._changed = asyncio.Condition()
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Takes no more requests. What has been taken is answered, and the streams end with `errors.Unavailable`."""
+        self._stopping.set()
 
     async def serve(
         self, requests: AsyncIterator[pb.GenerateBulkRequest], *, tenant: str
     ) -> AsyncIterator[pb.GenerateBulkResponse]:
-        """What comes of each request, as it is finished. Ends when `requests` has ended and all are answered."""
+        """What comes of each request, as it is finished. Ends when `requests` has ended and all are answered.
+
+        Raises `errors.Unavailable` where `stop` was called: what is not answered then is for another server.
+        """
         finished: asyncio.Queue[pb.GenerateBulkResponse | None] = asyncio.Queue()
         unread = asyncio.Semaphore(self.slots)
 
@@ -45,9 +53,11 @@ class Bulk:
         async def read() -> None:
             try:
                 async with asyncio.TaskGroup() as group:
-                    async for request in requests:
+                    async for request in self._until_stopped(requests):
                         await unread.acquire()
                         group.create_task(answer(request))
+                if self._stopping.is_set():
+                    raise errors.Unavailable("The server is stopping.", remedy="Send what is not answered again.")
             finally:
                 finished.put_nowait(None)
 
@@ -60,6 +70,24 @@ class Bulk:
         finally:
             reading.cancel()
             await asyncio.wait([reading])
+
+    async def _until_stopped(
+        self, requests: AsyncIterator[pb.GenerateBulkRequest]
+    ) -> AsyncIterator[pb.GenerateBulkRequest]:
+        stopping = asyncio.create_task(self._stopping.wait())
+        try:
+            while True:
+                coming = asyncio.ensure_future(anext(requests, None))
+                try:
+                    await asyncio.wait({coming, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    if not coming.done():
+                        coming.cancel()
+                if stopping.done() or (request := coming.result()) is None:
+                    return
+                yield request
+        finally:
+            stopping.cancel()
 
     async def _one(self, request: pb.GenerateBulkRequest, tenant: str) -> pb.GenerateBulkResponse:
         """A refusal is the answer to its request, and no matter of the others."""

@@ -151,6 +151,29 @@ async def test_a_stream_that_is_left_frees_its_room() -> None:
     assert (bulk.running, engine.running) == (0, {})
 
 
+async def test_a_server_that_stops_answers_what_it_has_taken() -> None:
+    async def two_and_no_end() -> AsyncIterator[pb.GenerateBulkRequest]:
+        yield _request("a")
+        yield _request("b")
+        await asyncio.Event().wait()
+
+    engine, answered = Engine(), []
+    bulk = _bulk(engine, [0])
+
+    async def collect() -> None:
+        async for response in bulk.serve(two_and_no_end(), tenant="t"):
+            answered.append(response.request_id)
+
+    collecting = asyncio.ensure_future(collect())
+    await engine.until_running("a", "b")
+    bulk.stop()
+    for event in list(engine.running.values()):
+        event.set()
+    with pytest.raises(errors.Unavailable, match="stopping"):
+        await asyncio.wait_for(collecting, 10)
+    assert sorted(answered) == ["a", "b"]
+
+
 async def test_a_fault_of_the_engine_ends_the_stream() -> None:
     engine = Engine()
 
