@@ -125,17 +125,31 @@ class AsyncClient:
         return await unary(method, request, timeout=self._timeout, metadata=self._metadata)
 
     async def generate(
-        self, prompt: PromptLike, *, sampling: policy_pb.SamplingParams | None = None, user_id: str = ""
+        self,
+        prompt: PromptLike,
+        *,
+        sampling: policy_pb.SamplingParams | None = None,
+        user_id: str = "",
+        version: str = "",
     ) -> policy_pb.Generation:
-        """One response."""
-        request = policy_pb.GenerateRequest(prompt=to_prompt(prompt), sampling=sampling, user_id=user_id)
+        """One response; `version` is "" for whichever is live."""
+        request = policy_pb.GenerateRequest(
+            prompt=to_prompt(prompt), sampling=sampling, user_id=user_id, version=version
+        )
         return (await self._unary(self._policy.stub.Generate, request)).generation
 
     async def stream(
-        self, prompt: PromptLike, *, sampling: policy_pb.SamplingParams | None = None, user_id: str = ""
+        self,
+        prompt: PromptLike,
+        *,
+        sampling: policy_pb.SamplingParams | None = None,
+        user_id: str = "",
+        version: str = "",
     ) -> AsyncGenerator[policy_pb.GenerationDelta | policy_pb.Generation, None]:
         """One response in pieces, then whole. Leaving the loop early cancels the request."""
-        request = policy_pb.GenerateStreamRequest(prompt=to_prompt(prompt), sampling=sampling, user_id=user_id)
+        request = policy_pb.GenerateStreamRequest(
+            prompt=to_prompt(prompt), sampling=sampling, user_id=user_id, version=version
+        )
         attempts, begun = Attempts(self._timeout), False
         while True:
             call = self._policy.stub.GenerateStream(request, timeout=attempts.left, metadata=self._metadata)
@@ -152,10 +166,18 @@ class AsyncClient:
                 call.cancel()
 
     async def candidates(
-        self, prompt: PromptLike, *, n: int = 2, sampling: policy_pb.SamplingParams | None = None, user_id: str = ""
+        self,
+        prompt: PromptLike,
+        *,
+        n: int = 2,
+        sampling: policy_pb.SamplingParams | None = None,
+        user_id: str = "",
+        version: str = "",
     ) -> policy_pb.GenerateCandidatesResponse:
         """`n` responses to one prompt, to be compared."""
-        request = policy_pb.GenerateCandidatesRequest(prompt=to_prompt(prompt), sampling=sampling, n=n, user_id=user_id)
+        request = policy_pb.GenerateCandidatesRequest(
+            prompt=to_prompt(prompt), sampling=sampling, n=n, user_id=user_id, version=version
+        )
         return await self._unary(self._policy.stub.GenerateCandidates, request)
 
     def bulk(
@@ -297,10 +319,15 @@ class Client:
         self._stack.close()
 
     def stream(
-        self, prompt: PromptLike, *, sampling: policy_pb.SamplingParams | None = None, user_id: str = ""
+        self,
+        prompt: PromptLike,
+        *,
+        sampling: policy_pb.SamplingParams | None = None,
+        user_id: str = "",
+        version: str = "",
     ) -> Iterator[policy_pb.GenerationDelta | policy_pb.Generation]:
         """One response in pieces, then whole. Leaving the loop early cancels the request."""
-        pieces = self._client.stream(prompt, sampling=sampling, user_id=user_id)
+        pieces = self._client.stream(prompt, sampling=sampling, user_id=user_id, version=version)
         try:
             while True:
                 try:
