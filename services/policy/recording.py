@@ -15,7 +15,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from typing import TypeVar
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -23,7 +23,6 @@ from prometheus_client import Counter, Gauge, Histogram
 from services.policy.spool import Entry, Row, Spool
 from thumbwheel import errors
 from thumbwheel.stream import topics
-from thumbwheel.stream.aio import acked
 from thumbwheel.stream.log import Log, LossDetector, Position, Producer
 from thumbwheel.v1.events_pb2 import GenerationEvent
 
@@ -55,7 +54,7 @@ class Recorder:
 
     def __init__(self, log: Log, spool: Spool) -> None:
         self._log, self._spool = log, spool
-        self._disk = ThreadPoolExecutor(1, "spool")
+        self._disk = futures.ThreadPoolExecutor(1, "spool")
         self._memory: deque[GenerationEvent] = deque()
         self._in_hand = 0  # taken from memory, not on disk yet
         self._arrived, self._kept, self._idle = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -152,7 +151,7 @@ class Recorder:
         rows = [
             Row(0, event.event_id, event.generation.prompt_id.encode(), event.SerializeToString()) for event in events
         ]
-        results = await self._sent(rows) if self._producer is not None else [None] * len(rows)
+        results: Sequence[object] = await self._sent(rows) if self._producer is not None else [None] * len(rows)
         again = [event for event, result in zip(events, results, strict=True) if not isinstance(result, Position)]
         RECORDED.labels("acked").inc(len(events) - len(again))
         if again:
@@ -187,17 +186,10 @@ class Recorder:
         if fault is not None:
             raise fault
 
-    async def _sent(self, rows: Sequence[Row]) -> list[Position | BaseException]:
-        """Where the broker put each, or why it did not."""
-        producer = self._producer
-        assert producer is not None, "`send` runs"
-        futures = [
-            producer.send(
-                topics.GENERATIONS, row.key, row.value, (("schema", _SCHEMA), ("event_id", row.event_id.encode()))
-            )
-            for row in rows
-        ]
-        return await asyncio.gather(*(acked(future, _ACK_TIMEOUT) for future in futures), return_exceptions=True)
+    async def _sent(self, rows: Sequence[Row]) -> list[Position | errors.ThumbwheelError]:
+        """Where the broker put each, or why it did not. In a thread, so that a long queue drains without a hitch."""
+        assert self._producer is not None, "`send` runs"
+        return await asyncio.to_thread(_send_all, self._producer, rows)
 
     async def _look(self) -> None:
         """Whether the broker has lost its topics: also while there is nothing to send. Raises `errors.Unavailable`."""
@@ -235,3 +227,23 @@ class Recorder:
         SPOOL_BYTES.set(self._spool.bytes)
         if waiting == 0:
             self._idle.set()
+
+
+def _send_all(producer: Producer, rows: Sequence[Row]) -> list[Position | errors.ThumbwheelError]:
+    sent = [
+        producer.send(
+            topics.GENERATIONS, row.key, row.value, (("schema", _SCHEMA), ("event_id", row.event_id.encode()))
+        )
+        for row in rows
+    ]
+    futures.wait(sent, _ACK_TIMEOUT)
+    return [_outcome(future) for future in sent]
+
+
+def _outcome(future: futures.Future[Position]) -> Position | errors.ThumbwheelError:
+    if not future.done():
+        return errors.DeadlineExceeded(f"The broker did not acknowledge a record within {_ACK_TIMEOUT:g} s.")
+    try:
+        return future.result()
+    except errors.ThumbwheelError as error:
+        return error
