@@ -138,11 +138,12 @@ class Generating:
     ) -> AsyncIterator[pb.GenerationDelta | pb.Generation]:
         """Deltas as they come, at most one in `coalesce` seconds, then the finished generation."""
         import vllm
+        from vllm.exceptions import VLLMClientError
 
         generation = pb.Generation(
             generation_id=str(uuid_utils.uuid7()), prompt_id=asked.prompt_id, prompt_tokens=len(asked.prompt_ids)
         )
-        top, started = asked.params.top_logprobs, False
+        top = asked.params.top_logprobs
         try:
             async for output in self.engine.llm.generate(
                 vllm.TokensPrompt(prompt_token_ids=list(asked.prompt_ids)),
@@ -150,7 +151,6 @@ class Generating:
                 generation.generation_id,
                 priority=BULK if asked.bulk else PEOPLE,
             ):
-                started = True
                 completion = output.outputs[0]
                 delta = _delta(completion, top)
                 generation.text += delta.text
@@ -169,9 +169,7 @@ class Generating:
                     if coalesce:
                         # Meanwhile vLLM puts together what it has for us.
                         await asyncio.sleep(coalesce)
-        except ValueError as error:
-            if started:
-                raise
+        except VLLMClientError as error:
             raise sampling.refused(error, asked.params) from error
 
     def _finish(self, asked: Asked, index: int, generation: pb.Generation, completion: Any) -> None:

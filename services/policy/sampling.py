@@ -103,18 +103,20 @@ def _check_form(form: StructuredOutput) -> None:
         raise errors.InvalidArgument(f"takes 1 to {MAX_CHOICES} texts, none empty.", field=f"{field}.choices")
 
 
-def refused(error: ValueError, params: SamplingParams) -> errors.InvalidArgument:
+def refused(error: Exception, params: SamplingParams) -> errors.InvalidArgument:
     """What vLLM found wrong with a request that `resolve` let through, by field."""
     name = getattr(error, "parameter", None)
     if not isinstance(name, str) or name not in params.DESCRIPTOR.fields_by_name:
         name = "structured_output" if params.HasField("structured_output") else ""
-    return errors.InvalidArgument(f"is refused by the engine: {error}.", field=f"sampling.{name}".rstrip("."))
+    return errors.InvalidArgument(
+        f"is refused by the engine: {str(error.args[0]).strip()}", field=f"sampling.{name}".rstrip(".")
+    )
 
 
 def to_vllm(params: SamplingParams, *, stream: bool, seed_offset: int = 0) -> Any:
     """The `vllm.SamplingParams` of resolved parameters; asks for the log-probability of each sampled token.
 
-    With a seed, candidate i of a request is drawn with seed + i. Raises `ValueError` where vLLM refuses them.
+    With a seed, candidate i of a request is drawn with seed + i.
     """
     import vllm
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
