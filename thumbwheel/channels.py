@@ -35,6 +35,7 @@ _OPTIONS: list[tuple[str, int | str]] = [
 # What grpc.aio says of a call that the server ended while a request was being sent, whatever the server said.
 _WRITE_FAILED = "Internal error from Core"
 _ATTEMPTS = 5
+_LEAST_PAUSE = 0.05
 _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 3.0
 
@@ -120,10 +121,11 @@ class Attempts:
         self._made += 1
         pause = min(_FIRST_PAUSE * 2 ** (self._made - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
         if isinstance(typed, errors.ResourceExhausted) and typed.retry_after > 0:
-            pause = max(pause, typed.retry_after * random.uniform(1.0, 1.2))
-        elif not isinstance(typed, errors.Unavailable):
+            # The server is there and says when: only the deadline ends that. Not all come back at once.
+            pause = max(_LEAST_PAUSE, typed.retry_after) * random.uniform(1.0, 1.5)
+        elif not isinstance(typed, errors.Unavailable) or self._made >= _ATTEMPTS:
             raise typed from error
-        if self._made >= _ATTEMPTS or pause >= self.left:
+        if pause >= self.left:
             raise typed from error
         await asyncio.sleep(pause)
 

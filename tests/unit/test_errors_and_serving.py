@@ -181,6 +181,15 @@ async def test_the_client_comes_again_when_it_is_told_to() -> None:
     assert called[1] - called[0] >= 0.4
 
 
+async def test_only_the_deadline_ends_what_the_server_asks_for() -> None:
+    service, called = _failing(errors.ResourceExhausted("Too much.", retry_after=0.01), times=8)
+    running = Running(service)
+    async with AsyncClient(policy=running.address, timeout=20) as client:
+        assert (await client.generate("hi")).text == "done"
+    await running.stop()
+    assert len(called) == 9
+
+
 async def test_attempts_end_with_the_deadline_and_say_why() -> None:
     service, called = _failing(errors.ResourceExhausted("Too much.", retry_after=0.3), times=99)
     running = Running(service)
