@@ -286,11 +286,11 @@ async def test_rollouts_hardly_delay_people(client: AsyncClient) -> None:
     await people(5)
     without: list[float] = []
     beside: list[float] = []
-    for _ in range(5):  # in turns, so that whatever else the machine does befalls both
-        without += await people(20)
+    for _ in range(4):  # in turns, so that whatever else the machine does befalls both
+        without += await people(12)
         running = asyncio.create_task(rollouts())
         await until(rolling)
-        beside += await people(20)
+        beside += await people(12)
         running.cancel()
         await asyncio.wait([running])
         await _idle(client)
