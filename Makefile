@@ -61,6 +61,10 @@ check-protos: setup
 protos: setup ## Write the stubs of proto/ anew
 	@rm -f $(STUBS)/*_pb2*; $(call protoc,.)
 
+.PHONY: docs
+docs: setup ## Write docs/configuration.md anew from the settings
+	@$(BIN)/python docs/configuration.py > docs/configuration.md
+
 .PHONY: golden
 golden: setup ## At a release: keep the contracts that later ones must not break
 	@mkdir -p $(dir $(GOLDEN)); cd proto && ../$(BIN)/buf build --exclude-source-info -o $(GOLDEN:proto/%=%)

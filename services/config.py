@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from thumbwheel.config import Settings
+from thumbwheel.config import ServerSettings
 
 
-class SwapSettings(Settings):
+class SwapSettings(ServerSettings):
     """How new weights come into a running engine. See docs/swaps.md."""
 
     swap_mode: Literal["keep", "wait", "abort"] = "keep"
@@ -59,6 +59,9 @@ class EngineSettings(SwapSettings):
 
     max_in_flight: int = Field(default=512, ge=1)
     """Calls handled at once; more are told to retry."""
+
+    max_queue_seconds: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    """Longest time that a call may be expected to wait for its turn; where it would be longer, it is told to retry."""
 
     kv_cache_gib: int = Field(default=1, ge=1)
     """KV cache of vLLM's CPU backend, in GiB."""

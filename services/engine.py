@@ -45,7 +45,9 @@ class Engine:
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        kwargs: dict[str, Any] = {"runner": "pooling", "convert": "classify"} if pooling else {}
+        kwargs: dict[str, Any] = (
+            {"runner": "pooling", "convert": "classify"} if pooling else {"scheduling_policy": "priority"}
+        )
         args = AsyncEngineArgs(
             model=str(version.path),
             dtype="bfloat16",
@@ -93,6 +95,12 @@ class Engine:
     def live(self) -> VerifiedVersion:
         """The version that new requests are served with, on the local disk."""
         return self._swapper.live
+
+    @property
+    def kv_tokens(self) -> int | None:
+        """Tokens that the KV cache holds; None where the engine does not say."""
+        cache = self.llm.vllm_config.cache_config
+        return cache.num_gpu_blocks * cache.block_size if cache.num_gpu_blocks else None
 
     @property
     def suspect(self) -> bool:

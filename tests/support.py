@@ -160,6 +160,7 @@ class Process:
     environment: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     metrics_port: int = field(default_factory=free_port)
+    ca: Path | None = None
 
     def start(self) -> Process:
         """Starts it; does not wait."""
@@ -183,7 +184,7 @@ class Process:
         """Waits for gRPC health; fails with its log when it dies first."""
         deadline = time.monotonic() + timeout
         options = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500)]
-        with grpc.insecure_channel(self.address, options=options) as channel:
+        with self._channel(options) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             while time.monotonic() < deadline and self.popen.poll() is None:
                 try:
@@ -195,6 +196,12 @@ class Process:
                 if answer.status == health_pb2.HealthCheckResponse.SERVING:
                     return self
         pytest.fail(f"{self.module} did not start; its log ends:\n{self.log.read_text()[-4000:]}")
+
+    def _channel(self, options: list[tuple[str, int]]) -> grpc.Channel:
+        if self.ca is None:
+            return grpc.insecure_channel(self.address, options=options)
+        credentials = grpc.ssl_channel_credentials(self.ca.read_bytes())
+        return grpc.secure_channel(self.address, credentials, options=options)
 
     def stop(self, timeout: float = 30.0) -> int:
         """SIGTERM; returns its status. Kills what is left of its session."""

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from thumbwheel import cli_keys
+
 if TYPE_CHECKING:
     from thumbwheel.client import AsyncClient, Choice
-    from thumbwheel.stack import StackSettings
+    from thumbwheel.stack import Addresses, StackSettings
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
@@ -26,6 +28,7 @@ model_app = typer.Typer(no_args_is_help=True, help="Base models.")
 feedback_app = typer.Typer(no_args_is_help=True, help="Say what you think of responses.")
 app.add_typer(model_app, name="model")
 app.add_typer(feedback_app, name="feedback")
+app.add_typer(cli_keys.app, name="keys")
 
 Home = Annotated[Path | None, typer.Option(envvar="THUMBWHEEL_HOME", help="Folder with the deployment's state.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -68,11 +71,25 @@ def _run(main: Coroutine[Any, Any, None]) -> None:
 
 
 def _client(home: Path | None) -> AsyncClient:
-    from thumbwheel.client import AsyncClient
     from thumbwheel.stack import read_addresses
 
-    at = read_addresses(_settings(home).home)
-    return AsyncClient(policy=at.policy, reward=at.reward, collector=at.collector)
+    return _client_at(read_addresses(_settings(home).home))
+
+
+def _client_at(at: Addresses, **options: Any) -> AsyncClient:
+    """A client with the API key and certificates that the environment names."""
+    from thumbwheel.channels import key_from_environment
+    from thumbwheel.client import AsyncClient
+    from thumbwheel.tls import ClientTls
+
+    return AsyncClient(
+        policy=at.policy,
+        reward=at.reward,
+        collector=at.collector,
+        api_key=key_from_environment(),
+        tls=ClientTls.from_environment(),
+        **options,
+    )
 
 
 @app.command()
@@ -93,7 +110,6 @@ def up(
     async def main(settings: StackSettings) -> None:
         from rich.console import Console
 
-        from thumbwheel.client import AsyncClient
         from thumbwheel.status import read_status
 
         console = Console(stderr=True)
@@ -104,9 +120,7 @@ def up(
                     f"[bold]Thumbwheel is up[/]: policy {at.policy}, reward {at.reward}, collector {at.collector}"
                 )
                 console.print(f"state in {settings.home}, logs in {settings.logs_path}; Ctrl-C stops it")
-                async with AsyncClient(
-                    policy=at.policy, reward=at.reward, collector=at.collector, timeout=5.0
-                ) as client:
+                async with _client_at(at, timeout=5.0) as client:
                     while True:
                         spinner.update((await read_status(client, at)).line())
                         await asyncio.sleep(1.0)

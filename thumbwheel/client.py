@@ -4,31 +4,44 @@
     shown = client.candidates("How do I keep basil alive?", n=2)
     client.compare(shown.candidates[0], shown.candidates[1], "a", user_id="u1")
 
-Every call has a deadline and raises the classes of `thumbwheel.errors`. A call that the server was away for is tried
-again with growing pauses; that is safe, since feedback carries an idempotency key.
+Every call has a deadline, which is never later than that of the call it is made on behalf of, and raises the classes of
+`thumbwheel.errors`. A call that the server was away for, or that it asked to come again with, is tried again, with
+growing pauses: feedback carries an idempotency key, so it counts once, and of a response nothing has been seen yet.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import AsyncIterator, Iterator, Sequence
+import functools
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, Self, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
 import uuid_utils
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from thumbwheel import errors
-from thumbwheel.serving import DEFAULT_TENANT, MAX_MESSAGE_BYTES, TENANT_KEY
+from thumbwheel import bulk, errors
+from thumbwheel.calls import TENANT_KEY
+from thumbwheel.channels import Attempts, Metadata, Pool, check_key, unary
+from thumbwheel.tls import ClientTls
 from thumbwheel.v1 import policy_pb2 as policy_pb
 from thumbwheel.v1 import preference_pb2 as preference_pb
 from thumbwheel.v1 import reward_pb2 as reward_pb
 from thumbwheel.v1.policy_pb2_grpc import PolicyServiceStub
 from thumbwheel.v1.preference_pb2_grpc import PreferenceServiceStub
 from thumbwheel.v1.reward_pb2_grpc import RewardServiceStub
+
+if TYPE_CHECKING:
+    from thumbwheel.v1.policy_pb2_grpc import PolicyServiceAsyncStub
+    from thumbwheel.v1.preference_pb2_grpc import PreferenceServiceAsyncStub
+    from thumbwheel.v1.reward_pb2_grpc import RewardServiceAsyncStub
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Request = TypeVar("Request")
+Response = TypeVar("Response")
 
 Message: TypeAlias = tuple[Literal["system", "user", "assistant"], str]
 """A turn of a conversation: who speaks, and what."""
@@ -46,26 +59,6 @@ _CHOICES = {
     "tie": preference_pb.PREFERENCE_TIE,
     "both_bad": preference_pb.PREFERENCE_BOTH_BAD,
 }
-_SERVICE_CONFIG = {
-    "methodConfig": [
-        {
-            "name": [{}],
-            "retryPolicy": {
-                "maxAttempts": 5,
-                "initialBackoff": "0.2s",
-                "maxBackoff": "3s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ]
-}
-_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-    ("grpc.keepalive_time_ms", 30_000),
-]
 
 
 def to_prompt(prompt: PromptLike) -> policy_pb.Prompt:
@@ -83,14 +76,6 @@ def to_prompt(prompt: PromptLike) -> policy_pb.Prompt:
     return policy_pb.Prompt(chat=policy_pb.Chat(messages=messages))
 
 
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except grpc.aio.AioRpcError as error:
-        raise errors.from_rpc_error(error) from error
-
-
 class AsyncClient:
     """Talks to policy, reward and collector. To be used inside one event loop; `async with` closes its channels."""
 
@@ -100,17 +85,28 @@ class AsyncClient:
         policy: str = "127.0.0.1:50051",
         reward: str = "127.0.0.1:50052",
         collector: str = "127.0.0.1:50053",
-        tenant: str = DEFAULT_TENANT,
+        tenant: str = "",
         timeout: float = 120.0,
+        api_key: str = "",
+        tls: ClientTls | None = None,
+        connections: int = 1,
+        allow_insecure: bool = False,
     ) -> None:
-        """Addresses are "host:port"; `timeout` is the deadline of every call, in seconds."""
-        self._channels = [
-            grpc.aio.insecure_channel(address, options=_OPTIONS) for address in (policy, reward, collector)
-        ]
-        self._policy = PolicyServiceStub(self._channels[0])
-        self._reward = RewardServiceStub(self._channels[1])
-        self._collector = PreferenceServiceStub(self._channels[2])
-        self._call: dict[str, Any] = {"timeout": timeout, "metadata": ((TENANT_KEY, tenant),)}
+        """Addresses are "host:port"; `timeout` is the deadline of every call, in seconds, all attempts together.
+
+        `tenant` is "" for that of the API key. `connections` are kept to each service. Raises
+        `errors.FailedPrecondition` for a certificate that cannot be used, and where `api_key` would leave this machine
+        unencrypted, unless `allow_insecure`.
+        """
+        check_key(api_key, (policy, reward, collector), tls, allow_insecure=allow_insecure)
+        self._timeout = timeout
+        named = {TENANT_KEY: tenant, "authorization": f"Bearer {api_key}" if api_key else ""}
+        self._metadata: Metadata = tuple((name, value) for name, value in named.items() if value)
+        self._policy: Pool[PolicyServiceAsyncStub] = Pool(policy, PolicyServiceStub, size=connections, tls=tls)
+        self._reward: Pool[RewardServiceAsyncStub] = Pool(reward, RewardServiceStub, size=connections, tls=tls)
+        self._collector: Pool[PreferenceServiceAsyncStub] = Pool(
+            collector, PreferenceServiceStub, size=connections, tls=tls
+        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -122,47 +118,90 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Closes the channels."""
-        for channel in self._channels:
-            await channel.close()
+        for pool in (self._policy, self._reward, self._collector):
+            await pool.close()
+
+    async def _unary(self, method: grpc.aio.UnaryUnaryMultiCallable[Request, Response], request: Request) -> Response:
+        return await unary(method, request, timeout=self._timeout, metadata=self._metadata)
 
     async def generate(
-        self, prompt: PromptLike, *, sampling: policy_pb.SamplingParams | None = None, user_id: str = ""
+        self,
+        prompt: PromptLike,
+        *,
+        sampling: policy_pb.SamplingParams | None = None,
+        user_id: str = "",
+        version: str = "",
     ) -> policy_pb.Generation:
-        """One response."""
-        request = policy_pb.GenerateRequest(prompt=to_prompt(prompt), sampling=sampling, user_id=user_id)
-        with _translated():
-            return (await self._policy.Generate(request, **self._call)).generation
+        """One response; `version` is "" for whichever is live."""
+        request = policy_pb.GenerateRequest(
+            prompt=to_prompt(prompt), sampling=sampling, user_id=user_id, version=version
+        )
+        return (await self._unary(self._policy.stub.Generate, request)).generation
 
     async def stream(
-        self, prompt: PromptLike, *, sampling: policy_pb.SamplingParams | None = None, user_id: str = ""
-    ) -> AsyncIterator[policy_pb.GenerationDelta | policy_pb.Generation]:
+        self,
+        prompt: PromptLike,
+        *,
+        sampling: policy_pb.SamplingParams | None = None,
+        user_id: str = "",
+        version: str = "",
+    ) -> AsyncGenerator[policy_pb.GenerationDelta | policy_pb.Generation, None]:
         """One response in pieces, then whole. Leaving the loop early cancels the request."""
-        request = policy_pb.GenerateStreamRequest(prompt=to_prompt(prompt), sampling=sampling, user_id=user_id)
-        call = self._policy.GenerateStream(request, **self._call)
-        try:
-            with _translated():
+        request = policy_pb.GenerateStreamRequest(
+            prompt=to_prompt(prompt), sampling=sampling, user_id=user_id, version=version
+        )
+        attempts, begun = Attempts(self._timeout), False
+        while True:
+            call = self._policy.stub.GenerateStream(request, timeout=attempts.left, metadata=self._metadata)
+            try:
                 async for message in call:
+                    begun = True
                     yield message.finished if message.HasField("finished") else message.delta
-        finally:
-            call.cancel()
+                return
+            except grpc.aio.AioRpcError as error:
+                if begun:  # what was shown cannot be taken back, and another attempt would say something else
+                    raise errors.from_rpc_error(error) from error
+                await attempts.again(error)
+            finally:
+                call.cancel()
 
     async def candidates(
-        self, prompt: PromptLike, *, n: int = 2, sampling: policy_pb.SamplingParams | None = None, user_id: str = ""
+        self,
+        prompt: PromptLike,
+        *,
+        n: int = 2,
+        sampling: policy_pb.SamplingParams | None = None,
+        user_id: str = "",
+        version: str = "",
     ) -> policy_pb.GenerateCandidatesResponse:
         """`n` responses to one prompt, to be compared."""
-        request = policy_pb.GenerateCandidatesRequest(prompt=to_prompt(prompt), sampling=sampling, n=n, user_id=user_id)
-        with _translated():
-            return await self._policy.GenerateCandidates(request, **self._call)
+        request = policy_pb.GenerateCandidatesRequest(
+            prompt=to_prompt(prompt), sampling=sampling, n=n, user_id=user_id, version=version
+        )
+        return await self._unary(self._policy.stub.GenerateCandidates, request)
+
+    def bulk(
+        self, requests: AsyncIterable[policy_pb.GenerateBulkRequest], *, timeout: float = 86_400.0
+    ) -> AsyncGenerator[policy_pb.GenerateBulkResponse, None]:
+        """Responses to many requests, as they are finished, behind what people ask for. Each has an id of its own.
+
+        A server that stops midway hands over to the next: what it did not answer is asked again. `timeout` is for all.
+        """
+
+        def open_call(
+            feed: AsyncIterator[policy_pb.GenerateBulkRequest], left: float
+        ) -> grpc.aio.StreamStreamCall[policy_pb.GenerateBulkRequest, policy_pb.GenerateBulkResponse]:
+            return self._policy.stub.GenerateBulk(feed, timeout=left, metadata=self._metadata)
+
+        return bulk.responses(open_call, requests, timeout=timeout)
 
     async def policy(self) -> policy_pb.GetPolicyResponse:
         """The live policy version, limits, and swaps so far."""
-        with _translated():
-            return await self._policy.GetPolicy(policy_pb.GetPolicyRequest(), **self._call)
+        return await self._unary(self._policy.stub.GetPolicy, policy_pb.GetPolicyRequest())
 
     async def reward(self) -> reward_pb.GetRewardResponse:
         """The live reward version, limits, and swaps so far."""
-        with _translated():
-            return await self._reward.GetReward(reward_pb.GetRewardRequest(), **self._call)
+        return await self._unary(self._reward.stub.GetReward, reward_pb.GetRewardRequest())
 
     async def score(self, prompt: PromptLike, *responses: str) -> reward_pb.ScoreResponse:
         """Scores of responses to one prompt, all by one version."""
@@ -171,14 +210,12 @@ class AsyncClient:
 
     async def score_items(self, items: Sequence[reward_pb.ScoreItem]) -> reward_pb.ScoreResponse:
         """Scores of up to 256 items, all by one version."""
-        with _translated():
-            return await self._reward.Score(reward_pb.ScoreRequest(items=items), **self._call)
+        return await self._unary(self._reward.stub.Score, reward_pb.ScoreRequest(items=items))
 
     async def judge(self, prompt: PromptLike, a: str, b: str) -> reward_pb.CompareResponse:
         """The reward model's probability that `a` is preferred over `b`."""
         request = reward_pb.CompareRequest(prompt=to_prompt(prompt), response_a=a, response_b=b)
-        with _translated():
-            return await self._reward.Compare(request, **self._call)
+        return await self._unary(self._reward.stub.Compare, request)
 
     async def compare(
         self,
@@ -225,23 +262,33 @@ class AsyncClient:
         if not feedback.idempotency_key:
             feedback.idempotency_key = str(uuid_utils.uuid7())
         request = preference_pb.SubmitFeedbackRequest(feedback=feedback)
-        with _translated():
-            return await self._collector.SubmitFeedback(request, **self._call)
+        return await self._unary(self._collector.stub.SubmitFeedback, request)
 
     async def retract(self, feedback_id: str, *, user_id: str) -> preference_pb.FeedbackRecord:
         """Takes feedback back."""
         request = preference_pb.RetractRequest(feedback_id=feedback_id, user_id=user_id)
-        with _translated():
-            return (await self._collector.Retract(request, **self._call)).record
+        return (await self._unary(self._collector.stub.Retract, request)).record
 
     async def feedback(self, feedback_ids: Sequence[str]) -> list[preference_pb.FeedbackRecord]:
         """What became of feedback."""
         records: list[preference_pb.FeedbackRecord] = []
-        with _translated():
-            for start in range(0, len(feedback_ids), 1000):
-                request = preference_pb.GetFeedbackRequest(feedback_ids=feedback_ids[start : start + 1000])
-                records.extend((await self._collector.GetFeedback(request, **self._call)).records)
+        for start in range(0, len(feedback_ids), 1000):
+            request = preference_pb.GetFeedbackRequest(feedback_ids=feedback_ids[start : start + 1000])
+            records.extend((await self._unary(self._collector.stub.GetFeedback, request)).records)
         return records
+
+
+def _blocking(
+    method: Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Client, P], T]:
+    """The method as `Client` has it: the same arguments and result, but it blocks."""
+
+    @functools.wraps(method)
+    def call(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        result: T = self._portal.call(lambda: method(self._client, *args, **kwargs))
+        return result
+
+    return call
 
 
 class Client:
@@ -254,7 +301,11 @@ class Client:
         """Takes what `AsyncClient` takes."""
         self._stack = contextlib.ExitStack()
         self._portal: BlockingPortal = self._stack.enter_context(start_blocking_portal())
-        self._client: AsyncClient = self._portal.call(lambda: _make(options))
+        try:
+            self._client: AsyncClient = self._portal.call(lambda: _make(options))
+        except BaseException:
+            self._stack.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -267,87 +318,39 @@ class Client:
         self._portal.call(self._client.close)
         self._stack.close()
 
-    def generate(
-        self, prompt: PromptLike, *, sampling: policy_pb.SamplingParams | None = None, user_id: str = ""
-    ) -> policy_pb.Generation:
-        """One response."""
-        return self._portal.call(lambda: self._client.generate(prompt, sampling=sampling, user_id=user_id))
-
     def stream(
-        self, prompt: PromptLike, *, sampling: policy_pb.SamplingParams | None = None, user_id: str = ""
-    ) -> Iterator[policy_pb.GenerationDelta | policy_pb.Generation]:
-        """One response in pieces, then whole."""
-        pieces = self._client.stream(prompt, sampling=sampling, user_id=user_id)
-        while True:
-            try:
-                yield self._portal.call(pieces.__anext__)
-            except StopAsyncIteration:
-                return
-
-    def candidates(
-        self, prompt: PromptLike, *, n: int = 2, sampling: policy_pb.SamplingParams | None = None, user_id: str = ""
-    ) -> policy_pb.GenerateCandidatesResponse:
-        """`n` responses to one prompt, to be compared."""
-        return self._portal.call(lambda: self._client.candidates(prompt, n=n, sampling=sampling, user_id=user_id))
-
-    def policy(self) -> policy_pb.GetPolicyResponse:
-        """The live policy version, limits, and swaps so far."""
-        return self._portal.call(self._client.policy)
-
-    def reward(self) -> reward_pb.GetRewardResponse:
-        """The live reward version, limits, and swaps so far."""
-        return self._portal.call(self._client.reward)
-
-    def score(self, prompt: PromptLike, *responses: str) -> reward_pb.ScoreResponse:
-        """Scores of responses to one prompt, all by one version."""
-        return self._portal.call(lambda: self._client.score(prompt, *responses))
-
-    def judge(self, prompt: PromptLike, a: str, b: str) -> reward_pb.CompareResponse:
-        """The reward model's probability that `a` is preferred over `b`."""
-        return self._portal.call(lambda: self._client.judge(prompt, a, b))
-
-    def compare(
         self,
-        a: policy_pb.Generation,
-        b: policy_pb.Generation,
-        choice: Choice,
+        prompt: PromptLike,
         *,
-        user_id: str,
-        aspects: dict[str, Choice] | None = None,
-        key: str = "",
-    ) -> preference_pb.SubmitFeedbackResponse:
-        """Says which of two responses is better; `a` was shown first. Durable when it returns."""
-        return self._portal.call(lambda: self._client.compare(a, b, choice, user_id=user_id, aspects=aspects, key=key))
+        sampling: policy_pb.SamplingParams | None = None,
+        user_id: str = "",
+        version: str = "",
+    ) -> Iterator[policy_pb.GenerationDelta | policy_pb.Generation]:
+        """One response in pieces, then whole. Leaving the loop early cancels the request."""
+        pieces = self._client.stream(prompt, sampling=sampling, user_id=user_id, version=version)
+        try:
+            while True:
+                try:
+                    yield self._portal.call(pieces.__anext__)
+                except StopAsyncIteration:
+                    return
+        finally:
+            self._portal.call(pieces.aclose)
 
-    def submit(self, feedback: preference_pb.Feedback) -> preference_pb.SubmitFeedbackResponse:
-        """Any feedback. Durable when it returns."""
-        return self._portal.call(self._client.submit, feedback)
-
-    def thumb(
-        self, generation: policy_pb.Generation, *, up: bool, user_id: str, key: str = ""
-    ) -> preference_pb.SubmitFeedbackResponse:
-        """A thumb up or down. Durable when it returns."""
-        return self._portal.call(lambda: self._client.thumb(generation, up=up, user_id=user_id, key=key))
-
-    def edit(
-        self, generation: policy_pb.Generation, text: str, *, user_id: str, key: str = ""
-    ) -> preference_pb.SubmitFeedbackResponse:
-        """A better answer, written by the user. Durable when it returns."""
-        return self._portal.call(lambda: self._client.edit(generation, text, user_id=user_id, key=key))
-
-    def comment(
-        self, generation: policy_pb.Generation, text: str, *, user_id: str, key: str = ""
-    ) -> preference_pb.SubmitFeedbackResponse:
-        """Words about a response. Durable when it returns."""
-        return self._portal.call(lambda: self._client.comment(generation, text, user_id=user_id, key=key))
-
-    def retract(self, feedback_id: str, *, user_id: str) -> preference_pb.FeedbackRecord:
-        """Takes feedback back."""
-        return self._portal.call(lambda: self._client.retract(feedback_id, user_id=user_id))
-
-    def feedback(self, feedback_ids: Sequence[str]) -> list[preference_pb.FeedbackRecord]:
-        """What became of feedback."""
-        return self._portal.call(self._client.feedback, feedback_ids)
+    generate = _blocking(AsyncClient.generate)
+    candidates = _blocking(AsyncClient.candidates)
+    policy = _blocking(AsyncClient.policy)
+    reward = _blocking(AsyncClient.reward)
+    score = _blocking(AsyncClient.score)
+    score_items = _blocking(AsyncClient.score_items)
+    judge = _blocking(AsyncClient.judge)
+    compare = _blocking(AsyncClient.compare)
+    thumb = _blocking(AsyncClient.thumb)
+    edit = _blocking(AsyncClient.edit)
+    comment = _blocking(AsyncClient.comment)
+    submit = _blocking(AsyncClient.submit)
+    retract = _blocking(AsyncClient.retract)
+    feedback = _blocking(AsyncClient.feedback)
 
 
 async def _make(options: dict[str, Any]) -> AsyncClient:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, Self
 
@@ -22,6 +23,16 @@ def split_address(address: str) -> tuple[str, int]:
     if not host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"{address!r} is not host:port, such as 127.0.0.1:50051")
     return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """True where `host` can be reached from this machine only."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _checked_addresses(value: str) -> str:
@@ -93,6 +104,31 @@ class Settings(CommandSettings):
     def store_path(self) -> Path:
         """Folder of the published versions."""
         return self.home / "store"
+
+
+class ServerSettings(Settings):
+    """What a process that applications call needs to know as well."""
+
+    require_api_keys: bool = False
+    """Answer only calls that carry an API key; `thumbwheel keys create` makes one."""
+
+    tls_certificate: Path | None = None
+    """PEM file of this server's certificate chain; given with `tls_key`, calls are encrypted."""
+
+    tls_key: Path | None = None
+    """PEM file of the certificate's private key."""
+
+    tls_client_ca: Path | None = None
+    """PEM file of the authorities whose certificates clients must have (mutual TLS)."""
+
+    allow_insecure: bool = False
+    """Serve other machines without TLS, or without API keys or client certificates; else that is refused."""
+
+    tenant_calls_per_second: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Calls that one tenant may begin in a second; 0 is no limit."""
+
+    tenant_calls_at_once: int = Field(default=0, ge=0)
+    """Calls that one tenant may have in flight at this server; 0 is no limit."""
 
 
 def _explain(error: ValidationError, prog: str) -> NoReturn:

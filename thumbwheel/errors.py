@@ -4,6 +4,7 @@
     ├── InvalidArgument      the request is wrong: names the field        INVALID_ARGUMENT
     ├── NotFound             no such thing                                 NOT_FOUND
     ├── Conflict             the key was used with other content           ALREADY_EXISTS
+    ├── Unauthenticated      no API key, or none that is known             UNAUTHENTICATED
     ├── PermissionDenied     a receipt or key that does not hold           PERMISSION_DENIED
     ├── FailedPrecondition   not possible now: says what to do             FAILED_PRECONDITION
     │   ├── CorruptCheckpoint    a version that is not what it says
@@ -69,6 +70,12 @@ class Conflict(ThumbwheelError):
     code = grpc.StatusCode.ALREADY_EXISTS
 
 
+class Unauthenticated(ThumbwheelError):
+    """No API key was given, or it is not known, expired or revoked."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
 class PermissionDenied(ThumbwheelError):
     """A receipt, signature or key does not hold."""
 
@@ -128,6 +135,7 @@ _BY_REASON: dict[str, type[ThumbwheelError]] = {
     for c in (
         NotFound,
         Conflict,
+        Unauthenticated,
         PermissionDenied,
         FailedPrecondition,
         CorruptCheckpoint,
@@ -140,7 +148,16 @@ _BY_REASON: dict[str, type[ThumbwheelError]] = {
     )
 }
 _BY_CODE: dict[grpc.StatusCode, type[ThumbwheelError]] = {
-    c.code: c for c in (NotFound, Conflict, PermissionDenied, FailedPrecondition, DeadlineExceeded, Unavailable)
+    c.code: c
+    for c in (
+        NotFound,
+        Conflict,
+        Unauthenticated,
+        PermissionDenied,
+        FailedPrecondition,
+        DeadlineExceeded,
+        Unavailable,
+    )
 }
 
 
@@ -186,6 +203,9 @@ def from_rpc_error(error: grpc.RpcError) -> ThumbwheelError:
         return InvalidArgument(message, field=field, remedy=remedy)
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return ResourceExhausted(message, retry_after=retry, remedy=remedy)
+    if code == grpc.StatusCode.CANCELLED:
+        # Never ours: a call that its own side cancels ends in another exception.
+        return Unavailable("The server ended the call, as it does when it stops.", remedy="Try again.")
     kind = _BY_REASON.get(info.reason) or _BY_CODE.get(code)
     if kind is None:
         return Internal(f"{code.name}: {message}")

@@ -24,20 +24,22 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import Counter, Gauge, Histogram
 
-from thumbwheel import errors, telemetry
+from thumbwheel import calls, errors, telemetry
+from thumbwheel.access import Security, metadata
+from thumbwheel.calls import DEFAULT_TENANT, MAX_MESSAGE_BYTES
+from thumbwheel.calls import TENANT_KEY as TENANT_KEY  # what `tenant` reads
 from thumbwheel.config import split_address
 
 logger = logging.getLogger(__name__)
-
-MAX_MESSAGE_BYTES = 16 * 2**20
-TENANT_KEY = "thumbwheel-tenant"
-DEFAULT_TENANT = "default"
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),
+    # A client that is gone without a word is noticed, and what it asked for ends, within 50 seconds.
     ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 ]
 
@@ -59,31 +61,40 @@ Background = Callable[[], Awaitable[None]]
 
 
 def tenant(context: grpc.aio.ServicerContext[Any, Any]) -> str:
-    """The tenant of a call, from its metadata."""
-    for key, value in context.invocation_metadata() or ():
-        if key == TENANT_KEY:
-            return value if isinstance(value, str) else value.decode()
-    return DEFAULT_TENANT
+    """The tenant of a call: that of its API key, or what its metadata says where no key is needed."""
+    if (caller := calls.caller()) is not None:
+        return caller.tenant
+    return metadata(context).get(TENANT_KEY, DEFAULT_TENANT)
 
 
 class _Call:
-    """Counts and times one call, and turns our exceptions into statuses with details. For `async with`."""
+    """Guards, counts and times one call, and turns our exceptions into statuses with details. For `async with`."""
 
     # A class, and labels looked up once a method: of a short call, this is a good part.
-    __slots__ = ("_context", "_method", "_started")
+    __slots__ = ("_context", "_guard", "_method", "_started")
 
-    def __init__(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    def __init__(self, method: str, context: grpc.aio.ServicerContext[Any, Any], security: Security) -> None:
         self._method = method
         self._context = context
+        self._guard = security.call(method, context)
 
     async def __aenter__(self) -> None:
         _started(self._method).inc()
         IN_FLIGHT.inc()
         self._started = time.perf_counter()
+        try:
+            self._guard.__enter__()
+        except errors.ThumbwheelError as error:
+            await self._end(error)
+            raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._guard.__exit__(kind, error, trace)
+        await self._end(error)
+
+    async def _end(self, error: BaseException | None) -> None:
         code = grpc.StatusCode.OK
         try:
             match error:
@@ -127,7 +138,8 @@ def _handling(method: str) -> Histogram:
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every handler, unary or streaming, in `_Call`."""
 
-    def __init__(self) -> None:
+    def __init__(self, security: Security | None = None) -> None:
+        self._security = security or Security()
         self._wrapped: dict[str, Handler] = {}  # gRPC asks at each call
 
     async def intercept_service(
@@ -143,16 +155,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or method.startswith("/grpc."):
             return handler
-        self._wrapped[method] = _wrapped(method, handler)
+        self._wrapped[method] = _wrapped(method, handler, self._security)
         return self._wrapped[method]
 
 
-def _wrapped(method: str, inner: Any) -> Handler:
+def _wrapped(method: str, inner: Any, security: Security) -> Handler:
     if inner.response_streaming:
         produce = inner.stream_stream if inner.request_streaming else inner.unary_stream
 
         async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            async with _Call(method, context), contextlib.aclosing(produce(request, context)) as responses:
+            async with _Call(method, context, security), contextlib.aclosing(produce(request, context)) as responses:
                 async for response in responses:
                     yield response
 
@@ -164,7 +176,7 @@ def _wrapped(method: str, inner: Any) -> Handler:
     answer = inner.stream_unary if inner.request_streaming else inner.unary_unary
 
     async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        async with _Call(method, context):
+        async with _Call(method, context, security):
             return await answer(request, context)
 
     make = grpc.stream_unary_rpc_method_handler if inner.request_streaming else grpc.unary_unary_rpc_method_handler
@@ -172,9 +184,11 @@ def _wrapped(method: str, inner: Any) -> Handler:
     return single
 
 
-def _bind(server: grpc.aio.Server | grpc.Server, listen: str, process: str) -> int:
+def _bind(
+    server: grpc.aio.Server | grpc.Server, listen: str, process: str, credentials: grpc.ServerCredentials | None = None
+) -> int:
     try:
-        port = server.add_insecure_port(listen)
+        port = server.add_insecure_port(listen) if credentials is None else server.add_secure_port(listen, credentials)
     except RuntimeError:
         port = 0
     if port == 0:
@@ -195,41 +209,52 @@ async def serve(
     background: Mapping[str, Background],
     drained: Background | None = None,
     drain_seconds: float = 30.0,
+    security: Security | None = None,
+    stopping: Callable[[], None] | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT; then refuses new calls, lets those in flight end, and returns.
 
-    `services` are full gRPC names, for health and reflection. Raises `errors.PortInUse`, or whatever stopped a
-    background task. Calls still running `drain_seconds` after the signal are cancelled; `drained` is awaited when the
-    last has ended and background tasks still run.
+    `services` are full gRPC names, for health and reflection. Without `security` there are neither keys nor TLS, and
+    only this machine is served. Raises `errors.PortInUse`, `errors.FailedPrecondition` for an address that other
+    machines could call unguarded or a certificate that cannot be used, or whatever stopped a background task. Calls
+    still running `drain_seconds` after the signal are cancelled: `stopping` is called first, for those that would never
+    end; `drained` is awaited when the last has ended and background tasks still run.
     """
     host, _ = split_address(listen)
+    security = security or Security()
+    security.check_address(listen)
+    credentials = None if security.tls is None else security.tls.credentials()
+    if security.keys is not None:
+        background = {**background, "api-keys": security.watch}
     with telemetry.metrics_server(metrics_port, process=process, host=host) as bound_metrics_port:
-        server = grpc.aio.server(interceptors=[CallInterceptor()], options=_OPTIONS)
+        server = grpc.aio.server(interceptors=[CallInterceptor(security)], options=_OPTIONS)
         register(server)
         health_servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
         reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-        port = _bind(server, listen, process)
+        port = _bind(server, listen, process, credentials)
         with _stop_signals() as stop:
             tasks = {asyncio.create_task(_forever(run), name=name) for name, run in background.items()}
-            stopping = asyncio.create_task(stop.wait(), name="stop")
+            signalled = asyncio.create_task(stop.wait(), name="stop")
             try:
                 await server.start()
                 for name in ("", *services):
                     await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
                 logger.info("serving", extra={"address": f"{host}:{port}", "metrics_port": bound_metrics_port})
-                done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-                for task in done - {stopping}:
+                done, _ = await asyncio.wait({signalled, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+                for task in done - {signalled}:
                     logger.critical("background task %s stopped", task.get_name(), exc_info=task.exception())
                     raise errors.Internal(f"{process} stopped: its task {task.get_name()} ended: {task.exception()}.")
             finally:
                 await health_servicer.enter_graceful_shutdown()
+                if stopping is not None:
+                    stopping()
                 await server.stop(drain_seconds)
-                if drained is not None and stopping.done():
+                if drained is not None and signalled.done():
                     await drained()
-                for task in (*tasks, stopping):
+                for task in (*tasks, signalled):
                     task.cancel()
-                await asyncio.gather(*tasks, stopping, return_exceptions=True)
+                await asyncio.gather(*tasks, signalled, return_exceptions=True)
                 logger.info("stopped")
 
 

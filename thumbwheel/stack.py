@@ -26,7 +26,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pydantic import Field
 
 from thumbwheel import errors
+from thumbwheel.channels import open_channel
 from thumbwheel.config import Settings, split_address
+from thumbwheel.tls import ClientTls
 
 _PR_SET_PDEATHSIG = 1
 _LOG_TAIL_BYTES = 16_384
@@ -263,7 +265,11 @@ class Stack:
 
     async def _all_serving(self, addresses: Mapping[str, str]) -> None:
         """Waits for gRPC health of each; fails at once when a part dies first."""
-        ready = {asyncio.create_task(_serving(address), name=name) for name, address in addresses.items()}
+        tls = ClientTls.from_environment()  # the trainer has no calls to encrypt
+        ready = {
+            asyncio.create_task(_serving(address, None if name == "trainer" else tls), name=name)
+            for name, address in addresses.items()
+        }
         deaths = {asyncio.create_task(part.process.wait(), name=name): part for name, part in self.parts.items()}
         try:
             while ready:
@@ -347,10 +353,10 @@ def is_free(address: str) -> bool:
     return True
 
 
-async def _serving(address: str) -> None:
+async def _serving(address: str, tls: ClientTls | None) -> None:
     """Returns when the server at `address` says SERVING. Connects as soon as it listens."""
     options = [("grpc.initial_reconnect_backoff_ms", 200), ("grpc.max_reconnect_backoff_ms", 1000)]
-    async with grpc.aio.insecure_channel(address, options=options) as channel:
+    async with open_channel(address, tls=tls, options=options) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         while True:
             try:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from thumbwheel.config import Address, Settings
+from thumbwheel.config import Address, ServerSettings
 
 
-class CollectorSettings(Settings):
+class CollectorSettings(ServerSettings):
     """Records what users say of responses, and emits comparisons for training."""
 
     listen: Address = "127.0.0.1:50053"

@@ -22,6 +22,7 @@ from services.collector.ledger import Recorded
 from services.collector.relay import Relay
 from services.collector.submission import Checker, check_id
 from thumbwheel import errors, serving
+from thumbwheel.access import Security
 from thumbwheel.auth import ReceiptKey
 from thumbwheel.stream import open_log
 from thumbwheel.v1 import preference_pb2_grpc
@@ -168,6 +169,7 @@ async def collect(settings: CollectorSettings) -> None:
                 register=partial(preference_pb2_grpc.add_PreferenceServiceServicer_to_server, preferences),
                 background={"relay": relay.run, "ingest": ingest.run},
                 drain_seconds=settings.drain_seconds,
+                security=Security.load(settings),
             )
     finally:
         log.close()

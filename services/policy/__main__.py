@@ -10,45 +10,41 @@ from thumbwheel import serving, telemetry
 
 async def main(settings: PolicySettings) -> None:
     """Starts the engine on the newest version that verifies, then serves and follows new ones."""
-    from services.engine import Engine
+    from services.admission import Admission
+    from services.policy.bulk import Bulk
+    from services.policy.generating import Generating, Limits
     from services.policy.recording import Recorder
-    from services.policy.service import Limits, PolicyService
-    from services.prompts import PromptEncoder
-    from services.versions import Follower, newest_verified
-    from thumbwheel.auth import ManifestVerifier, ReceiptKey
-    from thumbwheel.checkpoints.held import HeldVersions
-    from thumbwheel.checkpoints.store import LocalStore
-    from thumbwheel.stream import open_log
+    from services.policy.service import PolicyService
+    from services.policy.spool import Spool
+    from services.process import running
+    from thumbwheel.auth import ReceiptKey
     from thumbwheel.v1.policy_pb2_grpc import add_PolicyServiceServicer_to_server
     from thumbwheel.v1.rollout_pb2 import ModelRole
 
     key = ReceiptKey.load(settings.keys_path)
-    store = LocalStore(settings.store_path, ManifestVerifier.load(settings.keys_path))
-    held = HeldVersions(settings.held_path("policy"), store)
-    role, fetch_seconds = ModelRole.MODEL_ROLE_POLICY, settings.swap_fetch_seconds
-    version = await asyncio.to_thread(newest_verified, store, held, role, process="policy", timeout=fetch_seconds)
-    engine = await Engine.start(version, settings, pooling=False)
-    log = open_log(settings.bootstrap_servers)
-    try:
-        encoder = await asyncio.to_thread(PromptEncoder, version.path)
-        recorder = Recorder(log, capacity=settings.recorder_capacity)
-        limits = Limits(settings.max_model_len, settings.max_tokens, settings.max_in_flight)
-        service = PolicyService(engine=engine, encoder=encoder, recorder=recorder, key=key, limits=limits)
-        follower = Follower(log=log, held=held, engine=engine, role=role, process="policy", fetch_seconds=fetch_seconds)
-        await serving.serve(
-            process="policy",
-            listen=settings.listen,
-            metrics_port=settings.metrics_port,
-            services=["thumbwheel.v1.PolicyService"],
-            register=lambda server: add_PolicyServiceServicer_to_server(service, server),
-            background={"recorder": recorder.run, "follower": follower.run, "engine": engine.watch},
-            drained=lambda: recorder.flush(timeout=10.0),
-            drain_seconds=settings.drain_seconds,
+    spool = await asyncio.to_thread(Spool, settings.spool_path, limit=settings.spool_bytes)
+    async with running(settings, ModelRole.MODEL_ROLE_POLICY, process="policy") as model:
+        recorder = Recorder(model.log, spool)
+        generating = Generating(
+            engine=model.engine,
+            encoder=model.encoder,
+            recorder=recorder,
+            key=key,
+            limits=Limits(settings.max_model_len, settings.max_tokens),
         )
-    finally:
-        await engine.close()
-        log.close()
-        held.close()
+        admission = Admission.of(settings, reserved=settings.bulk_slots, kv_tokens=model.engine.kv_tokens)
+        bulk = Bulk(generating, slots=settings.bulk_slots, people=lambda: admission.in_flight)
+        service = PolicyService(generating, admission, bulk, coalesce=settings.coalesce_seconds)
+        try:
+            await model.serve(
+                "thumbwheel.v1.PolicyService",
+                lambda server: add_PolicyServiceServicer_to_server(service, server),
+                background={"keeper": recorder.keep, "sender": recorder.send},
+                drained=lambda: recorder.flush(timeout=10.0),
+                stopping=bulk.stop,
+            )
+        finally:
+            await recorder.close()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import grpc.aio
 import uuid_utils
 from prometheus_client import Counter, Histogram
 
+from services.admission import Admission
 from services.engine import Engine
 from services.prompts import PromptEncoder, check_length
 from thumbwheel import errors
@@ -28,11 +29,10 @@ MAX_ITEMS = 256
 class RewardService(RewardServiceServicer):
     """Scores with the live version. See `proto/thumbwheel/v1/reward.proto`."""
 
-    def __init__(self, *, engine: Engine, encoder: PromptEncoder, max_model_len: int, max_in_flight: int) -> None:
+    def __init__(self, *, engine: Engine, encoder: PromptEncoder, max_model_len: int, admission: Admission) -> None:
         self._engine, self._encoder = engine, encoder
         self._max_len = max_model_len
-        self._max_in_flight = max_in_flight
-        self._in_flight = 0
+        self._admission = admission
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         """Scores of all items, by one version."""
@@ -75,19 +75,14 @@ class RewardService(RewardServiceServicer):
         return ids
 
     async def _score(self, sequences: Sequence[list[int]]) -> tuple[list[pb.RewardScore], str]:
-        if self._in_flight + len(sequences) > self._max_in_flight:
-            raise errors.ResourceExhausted(
-                f"{self._in_flight} scores are in flight, the most allowed.", retry_after=1.0
-            )
-        self._in_flight += len(sequences)
-        try:
+        tokens = sum(len(ids) for ids in sequences)
+        with self._admission.admit(prompt=tokens, sequences=len(sequences)) as ticket:
             async with self._engine.turnstile.call():
                 version = self._engine.version
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(self._one(ids)) for ids in sequences]
-                return [task.result() for task in tasks], version
-        finally:
-            self._in_flight -= len(sequences)
+            ticket.used = 0  # beyond what was read
+            return [task.result() for task in tasks], version
 
     async def _one(self, ids: list[int]) -> pb.RewardScore:
         import vllm

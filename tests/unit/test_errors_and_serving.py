@@ -3,78 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+import time
 
 import grpc
 import grpc.aio
 import pytest
 
-from tests.support import free_port
-from thumbwheel import errors, serving
+from tests.servers import Running, Service
+from thumbwheel import calls, errors, serving
 from thumbwheel.client import AsyncClient, Client
 from thumbwheel.v1 import policy_pb2 as pb
-from thumbwheel.v1.policy_pb2_grpc import PolicyServiceServicer, add_PolicyServiceServicer_to_server
 
 RAISED = [
     errors.InvalidArgument("is 3.", field="sampling.temperature", remedy="Lower it."),
     errors.NotFound("No such thing."),
     errors.Conflict("Used before."),
+    errors.Unauthenticated("Who are you?"),
     errors.PermissionDenied("Forged."),
     errors.FailedPrecondition("Not now.", remedy="Type `thumbwheel up`."),
     errors.CorruptCheckpoint("model.safetensors is short."),
     errors.NoSpace("The disk is full.", remedy="Free some."),
-    errors.ResourceExhausted("Too much.", retry_after=2.5),
+    errors.ResourceExhausted("Too much.", retry_after=60.5),  # later than the deadline: not waited for
     errors.DeadlineExceeded("Too long."),
     errors.Internal("Ours."),
 ]
-
-
-class Service(PolicyServiceServicer):
-    """Does what its `answer` says."""
-
-    def __init__(self, answer: Callable[[], Awaitable[pb.GenerateResponse]]) -> None:
-        self.answer = answer
-        self.tenants: list[str] = []
-
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
-        self.tenants.append(serving.tenant(context))
-        return await self.answer()
-
-    async def GenerateStream(
-        self, request: pb.GenerateStreamRequest, context: Any
-    ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        yield pb.GenerateStreamResponse(delta=pb.GenerationDelta(text="one"))
-        await self.answer()
-
-    async def GenerateCandidates(self, request: Any, context: Any) -> Any: ...
-
-    async def GetPolicy(self, request: Any, context: Any) -> Any: ...
-
-
-class Running:
-    """A server in this loop."""
-
-    def __init__(self, service: Service, background: dict[str, Any] | None = None) -> None:
-        self.address = f"127.0.0.1:{free_port()}"
-        self.task = asyncio.create_task(
-            serving.serve(
-                process="test",
-                listen=self.address,
-                metrics_port=0,
-                services=["thumbwheel.v1.PolicyService"],
-                register=lambda server: add_PolicyServiceServicer_to_server(service, server),
-                background=background or {},
-                drain_seconds=5,
-            )
-        )
-
-    async def stop(self) -> None:
-        """As an operator would."""
-        os.kill(os.getpid(), signal.SIGTERM)
-        await asyncio.wait_for(self.task, 10)
 
 
 @pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
@@ -101,7 +53,7 @@ async def test_an_error_comes_back_as_itself(error: errors.ThumbwheelError) -> N
             assert one.field == error.field
         if isinstance(error, errors.ResourceExhausted):
             assert isinstance(one, errors.ResourceExhausted)
-            assert one.retry_after == 2.5
+            assert one.retry_after == 60.5
 
 
 async def test_a_bug_does_not_leak_its_text() -> None:
@@ -169,21 +121,140 @@ async def test_a_taken_port_names_itself() -> None:
         await asyncio.gather(first.task, second.task, return_exceptions=True)
 
 
-async def test_the_client_tries_again_while_the_server_is_away() -> None:
-    tries = 0
+async def test_sigterm_lets_streams_end_and_turns_new_calls_away() -> None:
+    inside, go_on = asyncio.Event(), asyncio.Event()
 
     async def answer() -> pb.GenerateResponse:
-        nonlocal tries
-        tries += 1
-        if tries < 3:
-            raise errors.Unavailable("Not yet.")
-        return pb.GenerateResponse(generation=pb.Generation(text="third"))
+        inside.set()
+        await go_on.wait()
+        return pb.GenerateResponse()
 
     running = Running(Service(answer))
     async with AsyncClient(policy=running.address, timeout=10) as client:
-        assert (await client.generate("hi")).text == "third"
+        streams = [client.stream("hi") for _ in range(8)]
+        assert [(await anext(stream)).text for stream in streams] == ["one"] * 8
+        await inside.wait()
+        stopping = asyncio.create_task(running.stop())
+
+        async with AsyncClient(policy=running.address, timeout=0.5) as late:
+
+            async def calls_for_ever() -> None:
+                while True:
+                    assert (await late.policy()).version == "policy-000000"
+
+            with pytest.raises((errors.Unavailable, errors.DeadlineExceeded)):
+                await calls_for_ever()
+        go_on.set()
+        assert [[piece.text async for piece in stream] for stream in streams] == [[]] * 8
+        await stopping
+
+
+def _failing(error: errors.ThumbwheelError, *, times: int) -> tuple[Service, list[float]]:
+    """A service that fails so many times and then answers "done", and when it was called."""
+    called: list[float] = []
+
+    async def answer() -> pb.GenerateResponse:
+        called.append(time.monotonic())
+        if len(called) <= times:
+            raise error
+        return pb.GenerateResponse(generation=pb.Generation(text="done"))
+
+    return Service(answer), called
+
+
+async def test_the_client_tries_again_while_the_server_is_away() -> None:
+    service, called = _failing(errors.Unavailable("Not yet."), times=2)
+    running = Running(service)
+    async with AsyncClient(policy=running.address, timeout=10) as client:
+        assert (await client.generate("hi")).text == "done"
     await running.stop()
-    assert tries == 3
+    assert len(called) == 3
+
+
+async def test_the_client_comes_again_when_it_is_told_to() -> None:
+    service, called = _failing(errors.ResourceExhausted("Too much.", retry_after=0.4), times=1)
+    running = Running(service)
+    async with AsyncClient(policy=running.address, timeout=10) as client:
+        assert (await client.generate("hi")).text == "done"
+    await running.stop()
+    assert len(called) == 2
+    assert called[1] - called[0] >= 0.4
+
+
+async def test_only_the_deadline_ends_what_the_server_asks_for() -> None:
+    service, called = _failing(errors.ResourceExhausted("Too much.", retry_after=0.01), times=8)
+    running = Running(service)
+    async with AsyncClient(policy=running.address, timeout=20) as client:
+        assert (await client.generate("hi")).text == "done"
+    await running.stop()
+    assert len(called) == 9
+
+
+async def test_attempts_end_with_the_deadline_and_say_why() -> None:
+    service, called = _failing(errors.ResourceExhausted("Too much.", retry_after=0.3), times=99)
+    running = Running(service)
+    async with AsyncClient(policy=running.address, timeout=0.8) as client:
+        with pytest.raises(errors.ResourceExhausted, match="Too much"):
+            await client.generate("hi")
+    await running.stop()
+    assert len(called) in (1, 2, 3)
+
+
+async def test_a_stream_is_not_begun_anew_once_something_was_shown() -> None:
+    service, called = _failing(errors.Unavailable("Gone."), times=1)
+    running = Running(service)
+    async with AsyncClient(policy=running.address, timeout=10) as client:
+        stream = client.stream("hi")
+        shown = [(await anext(stream)).text]
+        with pytest.raises(errors.Unavailable, match="Gone"):
+            await anext(stream)
+    await running.stop()
+    assert shown == ["one"]
+    assert len(called) == 1
+
+
+async def test_a_call_on_behalf_of_another_ends_with_it() -> None:
+    async def answer() -> pb.GenerateResponse:
+        left.append(calls.remaining())
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    left: list[float | None] = []
+    running = Running(Service(answer))
+
+    async def behalf() -> None:
+        calls.enter(calls.Caller("acme"), 0.5)
+        async with AsyncClient(policy=running.address, timeout=60) as client:
+            with pytest.raises(errors.DeadlineExceeded):
+                await client.generate("hi")
+            with pytest.raises(errors.DeadlineExceeded, match="on whose behalf"):
+                await client.generate("hi")
+
+    await asyncio.wait_for(asyncio.create_task(behalf()), 10)
+    await running.stop()
+    assert left[0] is not None
+    assert 0 < left[0] <= 0.5
+
+
+async def test_connections_are_pooled() -> None:
+    peers: set[str] = set()
+
+    class Curious(Service):
+        async def Generate(
+            self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[object, object]
+        ) -> pb.GenerateResponse:
+            peers.add(context.peer())
+            return await self.answer()
+
+    async def answer() -> pb.GenerateResponse:
+        return pb.GenerateResponse()
+
+    running = Running(Curious(answer))
+    async with AsyncClient(policy=running.address, timeout=10, connections=3) as client:
+        for _ in range(9):
+            await client.generate("hi")
+    await running.stop()
+    assert len(peers) == 3
 
 
 async def test_the_blocking_client_does_the_same() -> None:

@@ -189,6 +189,12 @@ def test_make_targets_named_in_documents_exist() -> None:
             assert target in targets or target == "bench-" or bench.exists(), f"{document}: make {target}"
 
 
+def test_configuration_is_documented_as_it_is() -> None:
+    command = [sys.executable, str(ROOT / "docs" / "configuration.py")]
+    written = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert (ROOT / "docs" / "configuration.md").read_text() == written, "make docs"
+
+
 def test_wheel_holds_everything(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)

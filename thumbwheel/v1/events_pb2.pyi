@@ -63,6 +63,8 @@ class GenerationEvent(_message.Message):
     CANDIDATE_INDEX_FIELD_NUMBER: _builtins.int
     CANDIDATE_COUNT_FIELD_NUMBER: _builtins.int
     FINISHED_AT_FIELD_NUMBER: _builtins.int
+    SHOWN_PROBABILITY_FIELD_NUMBER: _builtins.int
+    BULK_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     """Id of the event: the generation's id."""
     tenant: _builtins.str
@@ -73,6 +75,13 @@ class GenerationEvent(_message.Message):
     """Place among the candidates of its request, from 0; 0 where there is one."""
     candidate_count: _builtins.int
     """Candidates in its request; 1 where there is one."""
+    shown_probability: _builtins.float
+    """Probability with which this request was answered by the version that answered it: below 1 where traffic is split
+    between versions. All candidates of a request are drawn alike and shown, so their places say nothing. Left out where
+    it is not known, and for what is shown to nobody.
+    """
+    bulk: _builtins.bool
+    """Whether it was generated in bulk, for training, and shown to nobody."""
     @_builtins.property
     def prompt(self) -> _policy_pb2.Prompt:
         """What was asked."""
@@ -106,12 +115,16 @@ class GenerationEvent(_message.Message):
         candidate_index: _builtins.int = ...,
         candidate_count: _builtins.int = ...,
         finished_at: _timestamp_pb2.Timestamp | None = ...,
+        shown_probability: _builtins.float | None = ...,
+        bulk: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finished_at", b"finished_at", "generation", b"generation", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_shown_probability", b"_shown_probability", "finished_at", b"finished_at", "generation", b"generation", "prompt", b"prompt", "sampling", b"sampling", "shown_probability", b"shown_probability"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate_count", b"candidate_count", "candidate_index", b"candidate_index", "event_id", b"event_id", "finished_at", b"finished_at", "generation", b"generation", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "tenant", b"tenant", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_shown_probability", b"_shown_probability", "bulk", b"bulk", "candidate_count", b"candidate_count", "candidate_index", b"candidate_index", "event_id", b"event_id", "finished_at", b"finished_at", "generation", b"generation", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "shown_probability", b"shown_probability", "tenant", b"tenant", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__shown_probability: _TypeAlias = _typing.Literal["shown_probability"]  # noqa: Y015
+    _WhichOneofArgType__shown_probability: _TypeAlias = _typing.Literal["_shown_probability", b"_shown_probability"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__shown_probability) -> _WhichOneofReturnType__shown_probability | None: ...
 
 Global___GenerationEvent: _TypeAlias = GenerationEvent  # noqa: Y015
 

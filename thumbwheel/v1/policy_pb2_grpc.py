@@ -50,6 +50,11 @@ class PolicyServiceStub:
                 request_serializer=thumbwheel_dot_v1_dot_policy__pb2.GenerateCandidatesRequest.SerializeToString,
                 response_deserializer=thumbwheel_dot_v1_dot_policy__pb2.GenerateCandidatesResponse.FromString,
                 _registered_method=True)
+        self.GenerateBulk = channel.stream_stream(
+                '/thumbwheel.v1.PolicyService/GenerateBulk',
+                request_serializer=thumbwheel_dot_v1_dot_policy__pb2.GenerateBulkRequest.SerializeToString,
+                response_deserializer=thumbwheel_dot_v1_dot_policy__pb2.GenerateBulkResponse.FromString,
+                _registered_method=True)
         self.GetPolicy = channel.unary_unary(
                 '/thumbwheel.v1.PolicyService/GetPolicy',
                 request_serializer=thumbwheel_dot_v1_dot_policy__pb2.GetPolicyRequest.SerializeToString,
@@ -82,6 +87,14 @@ class PolicyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GenerateBulk(self, request_iterator, context):
+        """Generates responses to many prompts, for training rather than for people: it yields to the other calls. Responses
+        come as they are finished, in any order; how fast requests are taken is left to the stream's flow control.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetPolicy(self, request, context):
         """Says which policy version is live, its limits, and which versions this server has served.
         """
@@ -106,6 +119,11 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     servicer.GenerateCandidates,
                     request_deserializer=thumbwheel_dot_v1_dot_policy__pb2.GenerateCandidatesRequest.FromString,
                     response_serializer=thumbwheel_dot_v1_dot_policy__pb2.GenerateCandidatesResponse.SerializeToString,
+            ),
+            'GenerateBulk': grpc.stream_stream_rpc_method_handler(
+                    servicer.GenerateBulk,
+                    request_deserializer=thumbwheel_dot_v1_dot_policy__pb2.GenerateBulkRequest.FromString,
+                    response_serializer=thumbwheel_dot_v1_dot_policy__pb2.GenerateBulkResponse.SerializeToString,
             ),
             'GetPolicy': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPolicy,
@@ -195,6 +213,33 @@ class PolicyService:
             '/thumbwheel.v1.PolicyService/GenerateCandidates',
             thumbwheel_dot_v1_dot_policy__pb2.GenerateCandidatesRequest.SerializeToString,
             thumbwheel_dot_v1_dot_policy__pb2.GenerateCandidatesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateBulk(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/thumbwheel.v1.PolicyService/GenerateBulk',
+            thumbwheel_dot_v1_dot_policy__pb2.GenerateBulkRequest.SerializeToString,
+            thumbwheel_dot_v1_dot_policy__pb2.GenerateBulkResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,10 @@ class PolicyServiceStub:
     """Generates one response and returns it piece by piece; the last message carries the receipt."""
     GenerateCandidates: _grpc.UnaryUnaryMultiCallable[_policy_pb2.GenerateCandidatesRequest, _policy_pb2.GenerateCandidatesResponse]
     """Generates several responses to one prompt, to be shown side by side and compared."""
+    GenerateBulk: _grpc.StreamStreamMultiCallable[_policy_pb2.GenerateBulkRequest, _policy_pb2.GenerateBulkResponse]
+    """Generates responses to many prompts, for training rather than for people: it yields to the other calls. Responses
+    come as they are finished, in any order; how fast requests are taken is left to the stream's flow control.
+    """
     GetPolicy: _grpc.UnaryUnaryMultiCallable[_policy_pb2.GetPolicyRequest, _policy_pb2.GetPolicyResponse]
     """Says which policy version is live, its limits, and which versions this server has served."""
 
@@ -53,6 +57,10 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     """Generates one response and returns it piece by piece; the last message carries the receipt."""
     GenerateCandidates: _aio.UnaryUnaryMultiCallable[_policy_pb2.GenerateCandidatesRequest, _policy_pb2.GenerateCandidatesResponse]  # type: ignore[assignment]
     """Generates several responses to one prompt, to be shown side by side and compared."""
+    GenerateBulk: _aio.StreamStreamMultiCallable[_policy_pb2.GenerateBulkRequest, _policy_pb2.GenerateBulkResponse]  # type: ignore[assignment]
+    """Generates responses to many prompts, for training rather than for people: it yields to the other calls. Responses
+    come as they are finished, in any order; how fast requests are taken is left to the stream's flow control.
+    """
     GetPolicy: _aio.UnaryUnaryMultiCallable[_policy_pb2.GetPolicyRequest, _policy_pb2.GetPolicyResponse]  # type: ignore[assignment]
     """Says which policy version is live, its limits, and which versions this server has served."""
 
@@ -82,6 +90,16 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_policy_pb2.GenerateCandidatesResponse, _abc.Awaitable[_policy_pb2.GenerateCandidatesResponse]]:
         """Generates several responses to one prompt, to be shown side by side and compared."""
+
+    @_abc_1.abstractmethod
+    def GenerateBulk(
+        self,
+        request_iterator: _MaybeAsyncIterator[_policy_pb2.GenerateBulkRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_policy_pb2.GenerateBulkResponse], _abc.AsyncIterator[_policy_pb2.GenerateBulkResponse]]:
+        """Generates responses to many prompts, for training rather than for people: it yields to the other calls. Responses
+        come as they are finished, in any order; how fast requests are taken is left to the stream's flow control.
+        """
 
     @_abc_1.abstractmethod
     def GetPolicy(

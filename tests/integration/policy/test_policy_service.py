@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from services.policy.service import prompt_sha256
+from services.policy.generating import prompt_sha256
 from tests.support import Deployment, Process, announce, free_port, until
 from thumbwheel import errors
 from thumbwheel.auth import ReceiptKey
@@ -204,7 +204,7 @@ async def test_cancelled_streams_free_their_places(client: AsyncClient) -> None:
     await asyncio.gather(*(anext(stream) for stream in streams))
     assert (await client.policy()).requests_in_flight > 0
     for stream in streams:
-        await stream.aclose()  # type: ignore[attr-defined]  # it is a generator
+        await stream.aclose()
 
     async def free() -> bool:
         return (await client.policy()).requests_in_flight == 0
