@@ -28,27 +28,27 @@ from thumbwheel.v1 import preference_pb2 as thumbwheel_dot_v1_dot_preference__pb
 from thumbwheel.v1 import rollout_pb2 as thumbwheel_dot_v1_dot_rollout__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1athumbwheel/v1/events.proto\x12\rthumbwheel.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1athumbwheel/v1/policy.proto\x1a\x1ethumbwheel/v1/preference.proto\x1a\x1bthumbwheel/v1/rollout.proto\"\xc8\x02\n\x0fGenerationEvent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12%\n\x06prompt\x18\x04 \x01(\x0b\x32\x15.thumbwheel.v1.Prompt\x12\x18\n\x10prompt_token_ids\x18\x05 \x03(\r\x12-\n\ngeneration\x18\x06 \x01(\x0b\x32\x19.thumbwheel.v1.Generation\x12/\n\x08sampling\x18\x07 \x01(\x0b\x32\x1d.thumbwheel.v1.SamplingParams\x12\x17\n\x0f\x63\x61ndidate_index\x18\x08 \x01(\r\x12\x17\n\x0f\x63\x61ndidate_count\x18\t \x01(\r\x12/\n\x0b\x66inished_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"P\n\rFeedbackEvent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12-\n\x06record\x18\x02 \x01(\x0b\x32\x1d.thumbwheel.v1.FeedbackRecord\"\x87\x01\n\x10\x43omparedResponse\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12)\n\x05spans\x18\x05 \x03(\x0b\x32\x1a.thumbwheel.v1.VersionSpan\"\xd6\x03\n\x0f\x43omparisonEvent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x15\n\rcomparison_id\x18\x02 \x01(\t\x12-\n\x05state\x18\x03 \x01(\x0e\x32\x1e.thumbwheel.v1.ComparisonState\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x11\n\tprompt_id\x18\x05 \x01(\t\x12%\n\x06prompt\x18\x06 \x01(\x0b\x32\x15.thumbwheel.v1.Prompt\x12\x18\n\x10prompt_token_ids\x18\x07 \x03(\r\x12/\n\x06\x63hosen\x18\x08 \x01(\x0b\x32\x1f.thumbwheel.v1.ComparedResponse\x12\x31\n\x08rejected\x18\t \x01(\x0b\x32\x1f.thumbwheel.v1.ComparedResponse\x12\x0e\n\x06weight\x18\n \x01(\x02\x12\x14\n\x0c\x66\x65\x65\x64\x62\x61\x63k_ids\x18\x0b \x03(\t\x12\x30\n\x07\x61spects\x18\x0c \x03(\x0b\x32\x1f.thumbwheel.v1.AspectPreference\x12\x1a\n\x12\x63hosen_shown_first\x18\r \x01(\x08\x12/\n\x0breceived_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xd8\x01\n\x0cVersionEvent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12&\n\x04role\x18\x03 \x01(\x0e\x32\x18.thumbwheel.v1.ModelRole\x12*\n\x05state\x18\x04 \x01(\x0e\x32\x1b.thumbwheel.v1.VersionState\x12\x10\n\x08sequence\x18\x05 \x01(\x04\x12\x17\n\x0fmanifest_sha256\x18\x06 \x01(\t\x12&\n\x02\x61t\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xde\x01\n\nDeadLetter\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\r\n\x05topic\x18\x02 \x01(\t\x12\x11\n\tpartition\x18\x03 \x01(\x05\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0b\n\x03key\x18\x05 \x01(\x0c\x12\r\n\x05value\x18\x06 \x01(\x0c\x12&\n\x07headers\x18\x07 \x03(\x0b\x32\x15.thumbwheel.v1.Header\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x10\n\x08\x63onsumer\x18\t \x01(\t\x12&\n\x02\x61t\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"$\n\x06Header\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c*r\n\x0f\x43omparisonState\x12 \n\x1c\x43OMPARISON_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43OMPARISON_STATE_ACCEPTED\x10\x01\x12\x1e\n\x1a\x43OMPARISON_STATE_RETRACTED\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1athumbwheel/v1/events.proto\x12\rthumbwheel.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1athumbwheel/v1/policy.proto\x1a\x1ethumbwheel/v1/preference.proto\x1a\x1bthumbwheel/v1/rollout.proto\"\xea\x02\n\x0fGenerationEvent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12%\n\x06prompt\x18\x04 \x01(\x0b\x32\x15.thumbwheel.v1.Prompt\x12\x18\n\x10prompt_token_ids\x18\x05 \x03(\r\x12-\n\ngeneration\x18\x06 \x01(\x0b\x32\x19.thumbwheel.v1.Generation\x12/\n\x08sampling\x18\x07 \x01(\x0b\x32\x1d.thumbwheel.v1.SamplingParams\x12\x17\n\x0f\x63\x61ndidate_index\x18\x08 \x01(\r\x12\x17\n\x0f\x63\x61ndidate_count\x18\t \x01(\r\x12/\n\x0b\x66inished_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x14\n\x07\x63onsent\x18\x0b \x01(\x08H\x00\x88\x01\x01\x42\n\n\x08_consent\"P\n\rFeedbackEvent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12-\n\x06record\x18\x02 \x01(\x0b\x32\x1d.thumbwheel.v1.FeedbackRecord\"\x87\x01\n\x10\x43omparedResponse\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x10\n\x08logprobs\x18\x04 \x03(\x02\x12)\n\x05spans\x18\x05 \x03(\x0b\x32\x1a.thumbwheel.v1.VersionSpan\"\xd6\x03\n\x0f\x43omparisonEvent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x15\n\rcomparison_id\x18\x02 \x01(\t\x12-\n\x05state\x18\x03 \x01(\x0e\x32\x1e.thumbwheel.v1.ComparisonState\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x11\n\tprompt_id\x18\x05 \x01(\t\x12%\n\x06prompt\x18\x06 \x01(\x0b\x32\x15.thumbwheel.v1.Prompt\x12\x18\n\x10prompt_token_ids\x18\x07 \x03(\r\x12/\n\x06\x63hosen\x18\x08 \x01(\x0b\x32\x1f.thumbwheel.v1.ComparedResponse\x12\x31\n\x08rejected\x18\t \x01(\x0b\x32\x1f.thumbwheel.v1.ComparedResponse\x12\x0e\n\x06weight\x18\n \x01(\x02\x12\x14\n\x0c\x66\x65\x65\x64\x62\x61\x63k_ids\x18\x0b \x03(\t\x12\x30\n\x07\x61spects\x18\x0c \x03(\x0b\x32\x1f.thumbwheel.v1.AspectPreference\x12\x1a\n\x12\x63hosen_shown_first\x18\r \x01(\x08\x12/\n\x0breceived_at\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xd8\x01\n\x0cVersionEvent\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12&\n\x04role\x18\x03 \x01(\x0e\x32\x18.thumbwheel.v1.ModelRole\x12*\n\x05state\x18\x04 \x01(\x0e\x32\x1b.thumbwheel.v1.VersionState\x12\x10\n\x08sequence\x18\x05 \x01(\x04\x12\x17\n\x0fmanifest_sha256\x18\x06 \x01(\t\x12&\n\x02\x61t\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xde\x01\n\nDeadLetter\x12\x10\n\x08\x65vent_id\x18\x01 \x01(\t\x12\r\n\x05topic\x18\x02 \x01(\t\x12\x11\n\tpartition\x18\x03 \x01(\x05\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0b\n\x03key\x18\x05 \x01(\x0c\x12\r\n\x05value\x18\x06 \x01(\x0c\x12&\n\x07headers\x18\x07 \x03(\x0b\x32\x15.thumbwheel.v1.Header\x12\x0e\n\x06reason\x18\x08 \x01(\t\x12\x10\n\x08\x63onsumer\x18\t \x01(\t\x12&\n\x02\x61t\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"$\n\x06Header\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c*r\n\x0f\x43omparisonState\x12 \n\x1c\x43OMPARISON_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43OMPARISON_STATE_ACCEPTED\x10\x01\x12\x1e\n\x1a\x43OMPARISON_STATE_RETRACTED\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'thumbwheel.v1.events_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_COMPARISONSTATE']._serialized_start=1673
-  _globals['_COMPARISONSTATE']._serialized_end=1787
+  _globals['_COMPARISONSTATE']._serialized_start=1707
+  _globals['_COMPARISONSTATE']._serialized_end=1821
   _globals['_GENERATIONEVENT']._serialized_start=168
-  _globals['_GENERATIONEVENT']._serialized_end=496
-  _globals['_FEEDBACKEVENT']._serialized_start=498
-  _globals['_FEEDBACKEVENT']._serialized_end=578
-  _globals['_COMPAREDRESPONSE']._serialized_start=581
-  _globals['_COMPAREDRESPONSE']._serialized_end=716
-  _globals['_COMPARISONEVENT']._serialized_start=719
-  _globals['_COMPARISONEVENT']._serialized_end=1189
-  _globals['_VERSIONEVENT']._serialized_start=1192
-  _globals['_VERSIONEVENT']._serialized_end=1408
-  _globals['_DEADLETTER']._serialized_start=1411
-  _globals['_DEADLETTER']._serialized_end=1633
-  _globals['_HEADER']._serialized_start=1635
-  _globals['_HEADER']._serialized_end=1671
+  _globals['_GENERATIONEVENT']._serialized_end=530
+  _globals['_FEEDBACKEVENT']._serialized_start=532
+  _globals['_FEEDBACKEVENT']._serialized_end=612
+  _globals['_COMPAREDRESPONSE']._serialized_start=615
+  _globals['_COMPAREDRESPONSE']._serialized_end=750
+  _globals['_COMPARISONEVENT']._serialized_start=753
+  _globals['_COMPARISONEVENT']._serialized_end=1223
+  _globals['_VERSIONEVENT']._serialized_start=1226
+  _globals['_VERSIONEVENT']._serialized_end=1442
+  _globals['_DEADLETTER']._serialized_start=1445
+  _globals['_DEADLETTER']._serialized_end=1667
+  _globals['_HEADER']._serialized_start=1669
+  _globals['_HEADER']._serialized_end=1705
 # @@protoc_insertion_point(module_scope)

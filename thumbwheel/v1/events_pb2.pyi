@@ -63,6 +63,7 @@ class GenerationEvent(_message.Message):
     CANDIDATE_INDEX_FIELD_NUMBER: _builtins.int
     CANDIDATE_COUNT_FIELD_NUMBER: _builtins.int
     FINISHED_AT_FIELD_NUMBER: _builtins.int
+    CONSENT_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     """Id of the event: the generation's id."""
     tenant: _builtins.str
@@ -73,6 +74,8 @@ class GenerationEvent(_message.Message):
     """Place among the candidates of its request, from 0; 0 where there is one."""
     candidate_count: _builtins.int
     """Candidates in its request; 1 where there is one."""
+    consent: _builtins.bool
+    """Whether the user agrees that it is learnt from; left out: not asked."""
     @_builtins.property
     def prompt(self) -> _policy_pb2.Prompt:
         """What was asked."""
@@ -106,12 +109,15 @@ class GenerationEvent(_message.Message):
         candidate_index: _builtins.int = ...,
         candidate_count: _builtins.int = ...,
         finished_at: _timestamp_pb2.Timestamp | None = ...,
+        consent: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["finished_at", b"finished_at", "generation", b"generation", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "consent", b"consent", "finished_at", b"finished_at", "generation", b"generation", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate_count", b"candidate_count", "candidate_index", b"candidate_index", "event_id", b"event_id", "finished_at", b"finished_at", "generation", b"generation", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "tenant", b"tenant", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "candidate_count", b"candidate_count", "candidate_index", b"candidate_index", "consent", b"consent", "event_id", b"event_id", "finished_at", b"finished_at", "generation", b"generation", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "tenant", b"tenant", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__consent: _TypeAlias = _typing.Literal["consent"]  # noqa: Y015
+    _WhichOneofArgType__consent: _TypeAlias = _typing.Literal["_consent", b"_consent"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__consent) -> _WhichOneofReturnType__consent | None: ...
 
 Global___GenerationEvent: _TypeAlias = GenerationEvent  # noqa: Y015
 

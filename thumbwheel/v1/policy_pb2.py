@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1athumbwheel/v1/policy.proto\x12\rthumbwheel.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"A\n\x0b\x43hatMessage\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.thumbwheel.v1.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"4\n\x04\x43hat\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.thumbwheel.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"s\n\x06Prompt\x12#\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x13.thumbwheel.v1.ChatH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x17.thumbwheel.v1.TokenIdsH\x00\x42\t\n\x07\x63ontent\"\xdc\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x11\n\x04seed\x18\t \x01(\x03H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12\x12\n\nignore_eos\x18\r \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x07\n\x05_seedB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penalty\":\n\x0bVersionSpan\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0b\n\x03\x65nd\x18\x03 \x01(\r\"\xb9\x01\n\rReceiptClaims\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x15\n\rgeneration_id\x18\x02 \x01(\t\x12\x11\n\tprompt_id\x18\x03 \x01(\t\x12\x15\n\rprompt_sha256\x18\x04 \x01(\x0c\x12\x17\n\x0fresponse_sha256\x18\x05 \x01(\x0c\x12\x0f\n\x07version\x18\x06 \x01(\t\x12-\n\tissued_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"<\n\x07Receipt\x12\x0e\n\x06\x63laims\x18\x01 \x01(\x0c\x12\x0e\n\x06key_id\x18\x02 \x01(\t\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\x88\x02\n\nGeneration\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x11\n\tprompt_id\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x10\n\x08logprobs\x18\x05 \x03(\x02\x12)\n\x05spans\x18\x06 \x03(\x0b\x32\x1a.thumbwheel.v1.VersionSpan\x12\x32\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x1b.thumbwheel.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x08 \x01(\r\x12\'\n\x07receipt\x18\t \x01(\x0b\x32\x16.thumbwheel.v1.Receipt\"z\n\x0fGenerateRequest\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.thumbwheel.v1.Prompt\x12/\n\x08sampling\x18\x02 \x01(\x0b\x32\x1d.thumbwheel.v1.SamplingParams\x12\x0f\n\x07user_id\x18\x03 \x01(\t\"A\n\x10GenerateResponse\x12-\n\ngeneration\x18\x01 \x01(\x0b\x32\x19.thumbwheel.v1.Generation\"\x80\x01\n\x15GenerateStreamRequest\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.thumbwheel.v1.Prompt\x12/\n\x08sampling\x18\x02 \x01(\x0b\x32\x1d.thumbwheel.v1.SamplingParams\x12\x0f\n\x07user_id\x18\x03 \x01(\t\"\x81\x01\n\x16GenerateStreamResponse\x12/\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x1e.thumbwheel.v1.GenerationDeltaH\x00\x12-\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x19.thumbwheel.v1.GenerationH\x00\x42\x07\n\x05piece\"D\n\x0fGenerationDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\"\x8f\x01\n\x19GenerateCandidatesRequest\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.thumbwheel.v1.Prompt\x12/\n\x08sampling\x18\x02 \x01(\x0b\x32\x1d.thumbwheel.v1.SamplingParams\x12\t\n\x01n\x18\x03 \x01(\r\x12\x0f\n\x07user_id\x18\x04 \x01(\t\"^\n\x1aGenerateCandidatesResponse\x12\x11\n\tprompt_id\x18\x01 \x01(\t\x12-\n\ncandidates\x18\x02 \x03(\x0b\x32\x19.thumbwheel.v1.Generation\"\x12\n\x10GetPolicyRequest\"\x9e\x01\n\x11GetPolicyResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\"\n\x05swaps\x18\x05 \x03(\x0b\x32\x13.thumbwheel.v1.Swap\x12\x1a\n\x12requests_in_flight\x18\x06 \x01(\r\"\x92\x01\n\x04Swap\x12\x0f\n\x07version\x18\x01 \x01(\t\x12+\n\x07outcome\x18\x02 \x01(\x0e\x32\x1a.thumbwheel.v1.SwapOutcome\x12&\n\x02\x61t\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rpause_seconds\x18\x04 \x01(\x01\x12\r\n\x05\x65rror\x18\x05 \x01(\t*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03*z\n\x0bSwapOutcome\x12\x1c\n\x18SWAP_OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11SWAP_OUTCOME_LIVE\x10\x01\x12\x18\n\x14SWAP_OUTCOME_REFUSED\x10\x02\x12\x1c\n\x18SWAP_OUTCOME_ROLLED_BACK\x10\x03\x32\xf8\x02\n\rPolicyService\x12K\n\x08Generate\x12\x1e.thumbwheel.v1.GenerateRequest\x1a\x1f.thumbwheel.v1.GenerateResponse\x12_\n\x0eGenerateStream\x12$.thumbwheel.v1.GenerateStreamRequest\x1a%.thumbwheel.v1.GenerateStreamResponse0\x01\x12i\n\x12GenerateCandidates\x12(.thumbwheel.v1.GenerateCandidatesRequest\x1a).thumbwheel.v1.GenerateCandidatesResponse\x12N\n\tGetPolicy\x12\x1f.thumbwheel.v1.GetPolicyRequest\x1a .thumbwheel.v1.GetPolicyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1athumbwheel/v1/policy.proto\x12\rthumbwheel.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"A\n\x0b\x43hatMessage\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.thumbwheel.v1.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"4\n\x04\x43hat\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.thumbwheel.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"s\n\x06Prompt\x12#\n\x04\x63hat\x18\x01 \x01(\x0b\x32\x13.thumbwheel.v1.ChatH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\x06tokens\x18\x03 \x01(\x0b\x32\x17.thumbwheel.v1.TokenIdsH\x00\x42\t\n\x07\x63ontent\"\xdc\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x11\n\x04seed\x18\t \x01(\x03H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12\x12\n\nignore_eos\x18\r \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x07\n\x05_seedB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penalty\":\n\x0bVersionSpan\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0b\n\x03\x65nd\x18\x03 \x01(\r\"\xb9\x01\n\rReceiptClaims\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x15\n\rgeneration_id\x18\x02 \x01(\t\x12\x11\n\tprompt_id\x18\x03 \x01(\t\x12\x15\n\rprompt_sha256\x18\x04 \x01(\x0c\x12\x17\n\x0fresponse_sha256\x18\x05 \x01(\x0c\x12\x0f\n\x07version\x18\x06 \x01(\t\x12-\n\tissued_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"<\n\x07Receipt\x12\x0e\n\x06\x63laims\x18\x01 \x01(\x0c\x12\x0e\n\x06key_id\x18\x02 \x01(\t\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"\x88\x02\n\nGeneration\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x11\n\tprompt_id\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x10\n\x08logprobs\x18\x05 \x03(\x02\x12)\n\x05spans\x18\x06 \x03(\x0b\x32\x1a.thumbwheel.v1.VersionSpan\x12\x32\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x1b.thumbwheel.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x08 \x01(\r\x12\'\n\x07receipt\x18\t \x01(\x0b\x32\x16.thumbwheel.v1.Receipt\"\x9c\x01\n\x0fGenerateRequest\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.thumbwheel.v1.Prompt\x12/\n\x08sampling\x18\x02 \x01(\x0b\x32\x1d.thumbwheel.v1.SamplingParams\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x14\n\x07\x63onsent\x18\x04 \x01(\x08H\x00\x88\x01\x01\x42\n\n\x08_consent\"A\n\x10GenerateResponse\x12-\n\ngeneration\x18\x01 \x01(\x0b\x32\x19.thumbwheel.v1.Generation\"\xa2\x01\n\x15GenerateStreamRequest\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.thumbwheel.v1.Prompt\x12/\n\x08sampling\x18\x02 \x01(\x0b\x32\x1d.thumbwheel.v1.SamplingParams\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x14\n\x07\x63onsent\x18\x04 \x01(\x08H\x00\x88\x01\x01\x42\n\n\x08_consent\"\x81\x01\n\x16GenerateStreamResponse\x12/\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x1e.thumbwheel.v1.GenerationDeltaH\x00\x12-\n\x08\x66inished\x18\x02 \x01(\x0b\x32\x19.thumbwheel.v1.GenerationH\x00\x42\x07\n\x05piece\"D\n\x0fGenerationDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\"\xb1\x01\n\x19GenerateCandidatesRequest\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.thumbwheel.v1.Prompt\x12/\n\x08sampling\x18\x02 \x01(\x0b\x32\x1d.thumbwheel.v1.SamplingParams\x12\t\n\x01n\x18\x03 \x01(\r\x12\x0f\n\x07user_id\x18\x04 \x01(\t\x12\x14\n\x07\x63onsent\x18\x05 \x01(\x08H\x00\x88\x01\x01\x42\n\n\x08_consent\"^\n\x1aGenerateCandidatesResponse\x12\x11\n\tprompt_id\x18\x01 \x01(\t\x12-\n\ncandidates\x18\x02 \x03(\x0b\x32\x19.thumbwheel.v1.Generation\"\x12\n\x10GetPolicyRequest\"\x9e\x01\n\x11GetPolicyResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\"\n\x05swaps\x18\x05 \x03(\x0b\x32\x13.thumbwheel.v1.Swap\x12\x1a\n\x12requests_in_flight\x18\x06 \x01(\r\"\x92\x01\n\x04Swap\x12\x0f\n\x07version\x18\x01 \x01(\t\x12+\n\x07outcome\x18\x02 \x01(\x0e\x32\x1a.thumbwheel.v1.SwapOutcome\x12&\n\x02\x61t\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rpause_seconds\x18\x04 \x01(\x01\x12\r\n\x05\x65rror\x18\x05 \x01(\t*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03*z\n\x0bSwapOutcome\x12\x1c\n\x18SWAP_OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11SWAP_OUTCOME_LIVE\x10\x01\x12\x18\n\x14SWAP_OUTCOME_REFUSED\x10\x02\x12\x1c\n\x18SWAP_OUTCOME_ROLLED_BACK\x10\x03\x32\xf8\x02\n\rPolicyService\x12K\n\x08Generate\x12\x1e.thumbwheel.v1.GenerateRequest\x1a\x1f.thumbwheel.v1.GenerateResponse\x12_\n\x0eGenerateStream\x12$.thumbwheel.v1.GenerateStreamRequest\x1a%.thumbwheel.v1.GenerateStreamResponse0\x01\x12i\n\x12GenerateCandidates\x12(.thumbwheel.v1.GenerateCandidatesRequest\x1a).thumbwheel.v1.GenerateCandidatesResponse\x12N\n\tGetPolicy\x12\x1f.thumbwheel.v1.GetPolicyRequest\x1a .thumbwheel.v1.GetPolicyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'thumbwheel.v1.policy_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=2493
-  _globals['_ROLE']._serialized_end=2573
-  _globals['_FINISHREASON']._serialized_start=2575
-  _globals['_FINISHREASON']._serialized_end=2695
-  _globals['_SWAPOUTCOME']._serialized_start=2697
-  _globals['_SWAPOUTCOME']._serialized_end=2819
+  _globals['_ROLE']._serialized_start=2596
+  _globals['_ROLE']._serialized_end=2676
+  _globals['_FINISHREASON']._serialized_start=2678
+  _globals['_FINISHREASON']._serialized_end=2798
+  _globals['_SWAPOUTCOME']._serialized_start=2800
+  _globals['_SWAPOUTCOME']._serialized_end=2922
   _globals['_CHATMESSAGE']._serialized_start=78
   _globals['_CHATMESSAGE']._serialized_end=143
   _globals['_CHAT']._serialized_start=145
@@ -56,26 +56,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RECEIPT']._serialized_end=1128
   _globals['_GENERATION']._serialized_start=1131
   _globals['_GENERATION']._serialized_end=1395
-  _globals['_GENERATEREQUEST']._serialized_start=1397
-  _globals['_GENERATEREQUEST']._serialized_end=1519
-  _globals['_GENERATERESPONSE']._serialized_start=1521
-  _globals['_GENERATERESPONSE']._serialized_end=1586
-  _globals['_GENERATESTREAMREQUEST']._serialized_start=1589
-  _globals['_GENERATESTREAMREQUEST']._serialized_end=1717
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1720
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1849
-  _globals['_GENERATIONDELTA']._serialized_start=1851
-  _globals['_GENERATIONDELTA']._serialized_end=1919
-  _globals['_GENERATECANDIDATESREQUEST']._serialized_start=1922
-  _globals['_GENERATECANDIDATESREQUEST']._serialized_end=2065
-  _globals['_GENERATECANDIDATESRESPONSE']._serialized_start=2067
-  _globals['_GENERATECANDIDATESRESPONSE']._serialized_end=2161
-  _globals['_GETPOLICYREQUEST']._serialized_start=2163
-  _globals['_GETPOLICYREQUEST']._serialized_end=2181
-  _globals['_GETPOLICYRESPONSE']._serialized_start=2184
-  _globals['_GETPOLICYRESPONSE']._serialized_end=2342
-  _globals['_SWAP']._serialized_start=2345
-  _globals['_SWAP']._serialized_end=2491
-  _globals['_POLICYSERVICE']._serialized_start=2822
-  _globals['_POLICYSERVICE']._serialized_end=3198
+  _globals['_GENERATEREQUEST']._serialized_start=1398
+  _globals['_GENERATEREQUEST']._serialized_end=1554
+  _globals['_GENERATERESPONSE']._serialized_start=1556
+  _globals['_GENERATERESPONSE']._serialized_end=1621
+  _globals['_GENERATESTREAMREQUEST']._serialized_start=1624
+  _globals['_GENERATESTREAMREQUEST']._serialized_end=1786
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1789
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1918
+  _globals['_GENERATIONDELTA']._serialized_start=1920
+  _globals['_GENERATIONDELTA']._serialized_end=1988
+  _globals['_GENERATECANDIDATESREQUEST']._serialized_start=1991
+  _globals['_GENERATECANDIDATESREQUEST']._serialized_end=2168
+  _globals['_GENERATECANDIDATESRESPONSE']._serialized_start=2170
+  _globals['_GENERATECANDIDATESRESPONSE']._serialized_end=2264
+  _globals['_GETPOLICYREQUEST']._serialized_start=2266
+  _globals['_GETPOLICYREQUEST']._serialized_end=2284
+  _globals['_GETPOLICYRESPONSE']._serialized_start=2287
+  _globals['_GETPOLICYRESPONSE']._serialized_end=2445
+  _globals['_SWAP']._serialized_start=2448
+  _globals['_SWAP']._serialized_end=2594
+  _globals['_POLICYSERVICE']._serialized_start=2925
+  _globals['_POLICYSERVICE']._serialized_end=3301
 # @@protoc_insertion_point(module_scope)

@@ -506,8 +506,11 @@ class GenerateRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     USER_ID_FIELD_NUMBER: _builtins.int
+    CONSENT_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Pseudonym of the end user, if any; at most 128 characters."""
+    consent: _builtins.bool
+    """Whether the user agrees that prompt and response are learnt from; left out: not asked."""
     @_builtins.property
     def prompt(self) -> Global___Prompt:
         """What to continue."""
@@ -522,12 +525,15 @@ class GenerateRequest(_message.Message):
         prompt: Global___Prompt | None = ...,
         sampling: Global___SamplingParams | None = ...,
         user_id: _builtins.str = ...,
+        consent: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "consent", b"consent", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "consent", b"consent", "prompt", b"prompt", "sampling", b"sampling", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__consent: _TypeAlias = _typing.Literal["consent"]  # noqa: Y015
+    _WhichOneofArgType__consent: _TypeAlias = _typing.Literal["_consent", b"_consent"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__consent) -> _WhichOneofReturnType__consent | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
@@ -564,8 +570,11 @@ class GenerateStreamRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     USER_ID_FIELD_NUMBER: _builtins.int
+    CONSENT_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Pseudonym of the end user, if any; at most 128 characters."""
+    consent: _builtins.bool
+    """Whether the user agrees that prompt and response are learnt from; left out: not asked."""
     @_builtins.property
     def prompt(self) -> Global___Prompt:
         """What to continue."""
@@ -580,12 +589,15 @@ class GenerateStreamRequest(_message.Message):
         prompt: Global___Prompt | None = ...,
         sampling: Global___SamplingParams | None = ...,
         user_id: _builtins.str = ...,
+        consent: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "consent", b"consent", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "consent", b"consent", "prompt", b"prompt", "sampling", b"sampling", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__consent: _TypeAlias = _typing.Literal["consent"]  # noqa: Y015
+    _WhichOneofArgType__consent: _TypeAlias = _typing.Literal["_consent", b"_consent"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__consent) -> _WhichOneofReturnType__consent | None: ...
 
 Global___GenerateStreamRequest: _TypeAlias = GenerateStreamRequest  # noqa: Y015
 
@@ -665,10 +677,13 @@ class GenerateCandidatesRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
     USER_ID_FIELD_NUMBER: _builtins.int
+    CONSENT_FIELD_NUMBER: _builtins.int
     n: _builtins.int
     """How many responses, 2 to 16."""
     user_id: _builtins.str
     """Pseudonym of the end user, if any; at most 128 characters."""
+    consent: _builtins.bool
+    """Whether the user agrees that prompt and response are learnt from; left out: not asked."""
     @_builtins.property
     def prompt(self) -> Global___Prompt:
         """What to continue."""
@@ -684,12 +699,15 @@ class GenerateCandidatesRequest(_message.Message):
         sampling: Global___SamplingParams | None = ...,
         n: _builtins.int = ...,
         user_id: _builtins.str = ...,
+        consent: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "consent", b"consent", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["n", b"n", "prompt", b"prompt", "sampling", b"sampling", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "consent", b"consent", "n", b"n", "prompt", b"prompt", "sampling", b"sampling", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__consent: _TypeAlias = _typing.Literal["consent"]  # noqa: Y015
+    _WhichOneofArgType__consent: _TypeAlias = _typing.Literal["_consent", b"_consent"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__consent) -> _WhichOneofReturnType__consent | None: ...
 
 Global___GenerateCandidatesRequest: _TypeAlias = GenerateCandidatesRequest  # noqa: Y015
 

@@ -391,6 +391,7 @@ class Feedback(_message.Message):
     EDIT_FIELD_NUMBER: _builtins.int
     COMMENT_FIELD_NUMBER: _builtins.int
     IMPLICIT_FIELD_NUMBER: _builtins.int
+    CONSENT_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
     """Chosen by the client, unique within a tenant; 1 to 128 characters. Sent again with the same content, the first
     result is returned; with other content, it is refused.
@@ -399,6 +400,10 @@ class Feedback(_message.Message):
     """Pseudonym of the user whose judgement it is; 1 to 128 characters."""
     guidelines_version: _builtins.str
     """Version of the annotation guidelines the user was shown; empty: none."""
+    consent: _builtins.bool
+    """Whether the user agrees that it is learnt from; left out: not asked. Where the tenant requires consent, only a yes
+    counts; a no counts everywhere.
+    """
     @_builtins.property
     def given_at(self) -> _timestamp_pb2.Timestamp:
         """When the user gave it, by the client's clock; left out: when it arrived."""
@@ -435,13 +440,19 @@ class Feedback(_message.Message):
         edit: Global___Edit | None = ...,
         comment: Global___Comment | None = ...,
         implicit: Global___ImplicitSignal | None = ...,
+        consent: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["comment", b"comment", "comparison", b"comparison", "edit", b"edit", "given_at", b"given_at", "implicit", b"implicit", "kind", b"kind", "thumb", b"thumb"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "comment", b"comment", "comparison", b"comparison", "consent", b"consent", "edit", b"edit", "given_at", b"given_at", "implicit", b"implicit", "kind", b"kind", "thumb", b"thumb"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["comment", b"comment", "comparison", b"comparison", "edit", b"edit", "given_at", b"given_at", "guidelines_version", b"guidelines_version", "idempotency_key", b"idempotency_key", "implicit", b"implicit", "kind", b"kind", "thumb", b"thumb", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "comment", b"comment", "comparison", b"comparison", "consent", b"consent", "edit", b"edit", "given_at", b"given_at", "guidelines_version", b"guidelines_version", "idempotency_key", b"idempotency_key", "implicit", b"implicit", "kind", b"kind", "thumb", b"thumb", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__consent: _TypeAlias = _typing.Literal["consent"]  # noqa: Y015
+    _WhichOneofArgType__consent: _TypeAlias = _typing.Literal["_consent", b"_consent"]  # noqa: Y015
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["comparison", "thumb", "edit", "comment", "implicit"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__consent) -> _WhichOneofReturnType__consent | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___Feedback: _TypeAlias = Feedback  # noqa: Y015
@@ -736,7 +747,9 @@ Global___ForgetRequest: _TypeAlias = ForgetRequest  # noqa: Y015
 
 @_typing.final
 class ForgetResponse(_message.Message):
-    """Response of Forget."""
+    """Response of Forget: sent when nothing of the user is left in any file of the collector. Asked again, it says the same,
+    with the versions that came to light since.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -744,17 +757,35 @@ class ForgetResponse(_message.Message):
     GENERATIONS_ERASED_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
     STREAM_CLEAN_AT_FIELD_NUMBER: _builtins.int
+    DESCENDED_VERSIONS_FIELD_NUMBER: _builtins.int
+    EXPORTED_ROWS_ERASED_FIELD_NUMBER: _builtins.int
+    EXPORTS_OUT_OF_REACH_FIELD_NUMBER: _builtins.int
+    ERASED_AT_FIELD_NUMBER: _builtins.int
     feedback_erased: _builtins.int
-    """Pieces of feedback erased."""
+    """Pieces of feedback erased: the user's, and what others said of the user's generations."""
     generations_erased: _builtins.int
     """Generations erased."""
+    exported_rows_erased: _builtins.int
+    """Rows erased from exported files."""
     @_builtins.property
     def versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Versions that learnt from what was erased."""
+        """Versions that learnt from what was erased, in a round of their own."""
 
     @_builtins.property
     def stream_clean_at(self) -> _timestamp_pb2.Timestamp:
         """When the stream's retention will have removed the rest."""
+
+    @_builtins.property
+    def descended_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Versions trained further from one of those, directly or not."""
+
+    @_builtins.property
+    def exports_out_of_reach(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Exported files that held, or may have held, rows of the user and could not be reached: erase them there by hand."""
+
+    @_builtins.property
+    def erased_at(self) -> _timestamp_pb2.Timestamp:
+        """When the last of it was off the collector's disk."""
 
     def __init__(
         self,
@@ -763,10 +794,14 @@ class ForgetResponse(_message.Message):
         generations_erased: _builtins.int = ...,
         versions: _abc.Iterable[_builtins.str] | None = ...,
         stream_clean_at: _timestamp_pb2.Timestamp | None = ...,
+        descended_versions: _abc.Iterable[_builtins.str] | None = ...,
+        exported_rows_erased: _builtins.int = ...,
+        exports_out_of_reach: _abc.Iterable[_builtins.str] | None = ...,
+        erased_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["stream_clean_at", b"stream_clean_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["erased_at", b"erased_at", "stream_clean_at", b"stream_clean_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["feedback_erased", b"feedback_erased", "generations_erased", b"generations_erased", "stream_clean_at", b"stream_clean_at", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["descended_versions", b"descended_versions", "erased_at", b"erased_at", "exported_rows_erased", b"exported_rows_erased", "exports_out_of_reach", b"exports_out_of_reach", "feedback_erased", b"feedback_erased", "generations_erased", b"generations_erased", "stream_clean_at", b"stream_clean_at", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
