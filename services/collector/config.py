@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from thumbwheel.config import Address, Settings
@@ -40,6 +42,15 @@ class CollectorSettings(Settings):
     max_backoff_seconds: float = Field(default=5.0, gt=0)
     """Longest pause between two attempts to reach the broker, or to write to a full disk."""
 
+    tenants: Path | None = None
+    """TOML file with each tenant's consent, retention and redaction; left out: tenants.toml in `home`, if there."""
+
+    stream_retention_days: float = Field(default=14.0, ge=0)
+    """Longest that the broker keeps a record: the topics' retention.ms plus segment.ms, a week each by default."""
+
+    erase_timeout_seconds: float = Field(default=600.0, gt=0)
+    """How long a call of Forget may wait until nothing is left on the disk."""
+
     drain_seconds: float = Field(default=10.0, ge=0)
     """How long calls in flight may take to end after SIGTERM."""
 
@@ -47,3 +58,9 @@ class CollectorSettings(Settings):
     def database_url(self) -> str:
         """SQLAlchemy URL of the database."""
         return self.database or f"sqlite:///{self.home / 'collector.db'}"
+
+    @property
+    def tenants_path(self) -> Path | None:
+        """The tenants file, if there is one."""
+        beside = self.home / "tenants.toml"
+        return self.tenants or (beside if beside.exists() else None)

@@ -46,9 +46,11 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 class _Write(Generic[T]):
     """A write that waits for its turn."""
 
-    work: Work[T]
+    work: Callable[[Any], T]
     future: Future[T] = field(default_factory=Future)
     queued_at: float = field(default_factory=time.perf_counter)
+    alone: bool = False
+    """Not in a transaction, and not beside any other write."""
 
 
 class Database:
@@ -72,6 +74,11 @@ class Database:
         self._writer = threading.Thread(target=self._write_forever, name="database-writer", daemon=True)
         self._writer.start()
 
+    @property
+    def dialect(self) -> str:
+        """Which database it is: sqlite or postgresql."""
+        return self._engine.dialect.name
+
     async def write(self, work: Work[T]) -> T:
         """Runs `work` in the next transaction and returns what it returned, once that is durable.
 
@@ -90,6 +97,18 @@ class Database:
         write = _Write(work)
         self._queue.put(write)
         return await self._wait(write.future)
+
+    async def maintain(self, work: Callable[[Any], T]) -> T:
+        """Runs `work` on the driver's own connection, in no transaction, while nothing else writes, and returns what it
+        returned: for what a database does only there, such as VACUUM. Has no deadline but those that `work` keeps.
+
+        Raises what `work` raised, and as `write` does.
+        """
+        if self._closed:
+            raise errors.Unavailable("The collector is stopping.", remedy="It goes on at the next start.")
+        task = _Write(work, alone=True)
+        self._queue.put(task)
+        return await asyncio.wrap_future(task.future)
 
     async def read(self, work: Work[T]) -> T:
         """Runs `work` in a read-only view of what is committed. Raises what `work` raised, and as `write` does."""
@@ -136,19 +155,41 @@ class Database:
 
     def _write_forever(self) -> None:
         while (first := self._queue.get()) is not None:
-            batch, stop = [first], False
-            while len(batch) < MAX_WRITES and not stop:
+            alone = first if first.alone else None
+            batch, stop = ([] if first.alone else [first]), False
+            while len(batch) < MAX_WRITES and alone is None and not stop:
                 try:
                     following = self._queue.get_nowait()
                 except queue.Empty:
                     break
                 if following is None:
                     stop = True
+                elif following.alone:
+                    alone = following
                 else:
                     batch.append(following)
             self._commit([write for write in batch if write.future.set_running_or_notify_cancel()])
+            if alone is not None and alone.future.set_running_or_notify_cancel():
+                self._maintain(alone)
             if stop:
                 return
+
+    def _maintain(self, task: _Write[Any]) -> None:
+        connection: Any = self._connection.connection.driver_connection
+        try:
+            if self._engine.dialect.name != "sqlite":  # there, `_configure_sqlite` has seen to it
+                connection.autocommit = True
+            try:
+                result = task.work(connection)
+            finally:
+                if self._engine.dialect.name != "sqlite":
+                    connection.autocommit = False
+        except Exception as error:  # noqa: BLE001  # it goes to the caller, whatever it is
+            if isinstance(error, self._engine.dialect.loaded_dbapi.Error):
+                error = self._translate(DBAPIError("maintenance", None, error))
+            task.future.set_exception(error)
+        else:
+            task.future.set_result(result)
 
     def _commit(self, batch: Sequence[_Write[Any]], *, again: bool = True) -> None:
         """Makes the batch durable in one transaction; where that fails, each write in one of its own."""
@@ -193,7 +234,8 @@ def _engine(url: str) -> tuple[URL, Engine]:
             raise errors.FailedPrecondition(
                 f"--database {url}: a database in memory keeps nothing.", remedy="Name a file: sqlite:///PATH."
             )
-        return parsed, create_engine(parsed, pool_size=READERS + 2)
+        # Its errors would quote what people said, and errors are logged.
+        return parsed, create_engine(parsed, pool_size=READERS + 2, hide_parameters=True)
     except (ArgumentError, ImportError) as error:
         raise errors.FailedPrecondition(
             f"--database: {error}.",
@@ -224,6 +266,7 @@ def _configure_sqlite(connection: Any, _: ConnectionPoolEntry) -> None:
         "journal_mode=WAL",
         "synchronous=FULL",
         "foreign_keys=ON",
+        "secure_delete=ON",  # what is deleted is overwritten, not only let go of
     ):
         connection.execute(f"PRAGMA {pragma}").close()
 

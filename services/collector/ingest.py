@@ -24,6 +24,8 @@ from services.collector.config import CollectorSettings
 from services.collector.database import Database
 from services.collector.ledger import Recorded
 from services.collector.pause import RETRIED, Pause
+from services.collector.rights import admission
+from services.collector.rights.tenants import Tenants
 from services.collector.submission import check_id
 from thumbwheel import errors
 from thumbwheel.stream import aio, deadletter, topics
@@ -46,9 +48,9 @@ class Batch:
     positions: Mapping[TopicPartition, int]
     topic_ids: Mapping[str, str]
 
-    def apply(self, connection: Connection) -> list[Recorded]:
-        """Writes the batch. Returns the feedback that was joined."""
-        joined = ledger.store(connection, self.events)
+    def apply(self, connection: Connection, tenants: Tenants) -> list[Recorded]:
+        """Writes the batch, but what must not be kept. Returns the feedback that was joined."""
+        joined = ledger.store(connection, admission.admitted(connection, self.events, tenants))
         outbox.add(connection, [outbox.Event(d.event_id, topics.DEADLETTER, d.topic, d) for d in self.dead])
         outbox.save_positions(connection, self.positions)
         outbox.save_topic_ids(connection, self.topic_ids)
@@ -59,12 +61,18 @@ class Ingest:
     """Follows the generations for ever. `committed` is called after each commit."""
 
     def __init__(
-        self, database: Database, log: Log, settings: CollectorSettings, committed: Callable[[], None]
+        self,
+        database: Database,
+        log: Log,
+        settings: CollectorSettings,
+        committed: Callable[[], None],
+        tenants: Tenants | None = None,
     ) -> None:
         self._database = database
         self._log = log
         self._settings = settings
         self._committed = committed
+        self._tenants = tenants or Tenants()
         self._pause = Pause(settings.max_backoff_seconds)
 
     async def run(self) -> None:
@@ -93,7 +101,7 @@ class Ingest:
         return await asyncio.to_thread(self._log.consumer, READ, group=GROUP, start=start, topic_ids=ids)
 
     async def _apply(self, batch: Batch) -> None:
-        joined = await self._database.write(batch.apply)
+        joined = await self._database.write(partial(batch.apply, tenants=self._tenants))
         self._committed()
         metrics.GENERATIONS.inc(len(batch.events))
         metrics.DEAD_LETTERS.inc(len(batch.dead))
@@ -121,6 +129,8 @@ def decode(record: Record) -> GenerationEvent:
     event = deadletter.decode(GenerationEvent, record)
     generation = event.generation
     check_id(event.tenant, "tenant")
+    if event.user_id:
+        check_id(event.user_id, "user_id")
     check_id(generation.generation_id, "generation.generation_id")
     check_id(generation.prompt_id, "generation.prompt_id")
     if len(generation.logprobs) not in (0, len(generation.token_ids)):

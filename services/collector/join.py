@@ -2,7 +2,7 @@
 
 comparison, A or B  → ACCEPTED, a comparison to learn from      thumb, comment, implicit → RECORDED
 comparison, tie or both bad → APART, never a win                edit → ACCEPTED, edited text over the original
-a response that is not what its receipt attests, or two of one text → APART
+a response that is not what its receipt attests, two of one text, or no consent → APART
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ TIE = "tie"
 BOTH_BAD = "both_bad"
 SAME_TEXT = "same_text"
 MISMATCH = "receipt_mismatch"
+NO_CONSENT = "no_consent"
 
 _FLIPPED = {Preference.PREFERENCE_A: Preference.PREFERENCE_B, Preference.PREFERENCE_B: Preference.PREFERENCE_A}
 
@@ -40,6 +41,9 @@ def join(feedback_id: str, submission: Submission, generations: Sequence[Generat
     for claims, generation in zip(submission.claims, generations, strict=True):
         if not _attested(claims, generation):
             return Verdict(FeedbackState.FEEDBACK_STATE_APART, MISMATCH)
+    # What was said when the generation came in is written into its event: see `rights.admission`.
+    if not submission.consent or any(event.HasField("consent") and not event.consent for event in generations):
+        return Verdict(FeedbackState.FEEDBACK_STATE_APART, NO_CONSENT)
     match submission.kind:
         case "comparison":
             return _comparison(feedback_id, submission, generations[0], generations[1])

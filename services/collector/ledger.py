@@ -15,6 +15,7 @@ from uuid_utils import uuid7
 
 from services.collector import outbox
 from services.collector.join import Verdict, join, retraction
+from services.collector.rights import tombstones
 from services.collector.submission import Submission, receipts_of
 from services.collector.tables import feedback, feedback_generations, generations, held
 from thumbwheel import errors
@@ -39,9 +40,11 @@ class Recorded(NamedTuple):
 def submit(connection: Connection, submission: Submission, traceparent: str = "") -> Recorded:
     """Records feedback, and joins it where its generations have arrived; else it is held.
 
-    The same submission again changes nothing. Raises `errors.Conflict` where the key was used with another body.
+    The same submission again changes nothing. Raises `errors.Conflict` where the key was used with another body, and
+    `errors.FailedPrecondition` where the user, or what it is about, was forgotten.
     """
     body = submission.feedback
+    tombstones.refuse(connection, submission)
     before = connection.execute(
         select(feedback).where(
             feedback.c.tenant == submission.tenant, feedback.c.idempotency_key == body.idempotency_key
@@ -75,6 +78,7 @@ def submit(connection: Connection, submission: Submission, traceparent: str = ""
             "reason": record.reason,
             "comparison_id": record.comparison_id or None,
             "received_at": record.received_at.ToMicroseconds(),
+            "consent": submission.consent,
         },
     )
     connection.execute(
@@ -146,6 +150,7 @@ def store(connection: Connection, events: Iterable[GenerationEvent]) -> list[Rec
                 "prompt_id": event.generation.prompt_id,
                 "event": event.SerializeToString(),
                 "stored_at": now,
+                "user_id": event.user_id,
             }
             for id, event in arrived.items()
         ],
@@ -222,7 +227,7 @@ def _submission(row: Row[Any]) -> Submission:
     """The submission behind a record: its receipts were verified before it was recorded."""
     body = Feedback.FromString(row.body)
     claims = tuple(ReceiptClaims.FromString(receipt.claims) for _, receipt in receipts_of(body))
-    return Submission(row.tenant, body, row.body_sha256, row.kind, claims)
+    return Submission(row.tenant, body, row.body_sha256, row.kind, claims, row.consent)
 
 
 def _name(state: FeedbackState.ValueType) -> str:

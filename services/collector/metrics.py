@@ -36,6 +36,7 @@ PUBLISHED = Counter("thumbwheel_collector_published_total", "Events that the bro
 PUBLISH_REFUSED = Counter(
     "thumbwheel_collector_publish_refused_total", "Events that the broker will never take.", ["topic"]
 )
+ERASURES = Counter("thumbwheel_collector_erasures_total", "Erasures finished: of users, and of what was too old.")
 LOSSES = Counter("thumbwheel_collector_broker_losses_total", "Times that the broker had lost what it held.")
 
 

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from functools import partial
 
 from services.collector import metrics, outbox
@@ -20,6 +21,8 @@ from services.collector.config import CollectorSettings
 from services.collector.database import Database
 from services.collector.outbox import Row
 from services.collector.pause import RETRIED, Pause
+from services.collector.rights.redaction import Redaction
+from services.collector.rights.tenants import Tenants
 from thumbwheel import errors
 from thumbwheel.stream import topics
 from thumbwheel.stream.log import Log, LossDetector, Position, Producer, TopicPartition
@@ -33,10 +36,13 @@ BROKER_SECONDS = 5.0
 class Relay:
     """Publishes the outbox for ever. The only writer of the topics of feedback and comparisons."""
 
-    def __init__(self, database: Database, log: Log, settings: CollectorSettings) -> None:
+    def __init__(
+        self, database: Database, log: Log, settings: CollectorSettings, redaction: Redaction | None = None
+    ) -> None:
         self._database = database
         self._log = log
         self._settings = settings
+        self._redaction = redaction or Redaction(Tenants())
         self._wake = asyncio.Event()
         self._pause = Pause(settings.max_backoff_seconds)
         self._producer: Producer | None = None
@@ -108,7 +114,7 @@ class Relay:
                 elif isinstance(outcome, errors.InvalidArgument):
                     refused[row.id] = str(outcome)
                     metrics.PUBLISH_REFUSED.labels(row.topic).inc()
-                    logger.error("the broker refuses an event", extra={"id": row.id, "error": str(outcome)})
+                    logger.error("an event is not published", extra={"id": row.id, "error": str(outcome)})
                 else:
                     fault = fault or outcome
         # Where all is to be published again by now, these are too: who knows which broker acknowledged them.
@@ -124,7 +130,7 @@ class Relay:
         """Where the broker put each row, or why it did not."""
         assert self._producer is not None, "settled before"
         producer = self._producer
-        sent = [asyncio.wrap_future(producer.send(r.topic, r.key, r.value, r.headers)) for r in rows]
+        sent = [asyncio.wrap_future(self._sent(producer, row)) for row in rows]
         waiting = set(sent)
         while waiting:
             _, waiting = await asyncio.wait(waiting, timeout=self._settings.loss_check_seconds)
@@ -134,6 +140,15 @@ class Relay:
                 except RETRIED as error:
                     logger.warning("the broker does not acknowledge", extra={"error": str(error)})
         return [future.exception() or future.result() for future in sent]
+
+    def _sent(self, producer: Producer, row: Row) -> Future[Position]:
+        """Sends a row as it may leave; one that cannot be redacted is refused as the broker would refuse it."""
+        try:
+            return producer.send(row.topic, row.key, self._redaction.outgoing(row.schema, row.value), row.headers)
+        except errors.InvalidArgument as error:
+            refused: Future[Position] = Future()
+            refused.set_exception(error)
+            return refused
 
     async def _settle(self, *, lost: bool = False) -> None:
         """Makes sure of the topics and of the producer; where the broker lost what it held, starts all over."""

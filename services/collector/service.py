@@ -20,6 +20,9 @@ from services.collector.database import Database
 from services.collector.ingest import Ingest
 from services.collector.ledger import Recorded
 from services.collector.relay import Relay
+from services.collector.rights.eraser import Eraser
+from services.collector.rights.redaction import Redaction
+from services.collector.rights.tenants import Tenants
 from services.collector.submission import Checker, check_id
 from thumbwheel import errors, serving
 from thumbwheel.auth import ReceiptKey
@@ -47,10 +50,11 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
     """Implements `PreferenceService` on a database. `committed` is called after each commit that is to be published."""
 
-    def __init__(self, database: Database, checker: Checker, committed: Callable[[], None]) -> None:
+    def __init__(self, database: Database, checker: Checker, committed: Callable[[], None], eraser: Eraser) -> None:
         self._database = database
         self._checker = checker
         self._committed = committed
+        self._eraser = eraser
 
     async def SubmitFeedback(self, request: SubmitFeedbackRequest, context: Context) -> SubmitFeedbackResponse:
         """Returns when the feedback is durable."""
@@ -105,8 +109,10 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "NextComparison is not implemented in this version.")
 
     async def Forget(self, request: ForgetRequest, context: Context) -> ForgetResponse:
-        """Not there yet."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Forget is not implemented in this version.")
+        """Returns when nothing of the user is left in any file of the collector."""
+        with _counted():
+            check_id(request.user_id, "user_id")
+            return await self._eraser.forget(_tenant(context), request.user_id)
 
     def _changed(self, recorded: Recorded) -> None:
         metrics.FEEDBACK.labels(recorded.kind, recorded.state).inc()
@@ -154,20 +160,23 @@ async def opened(settings: CollectorSettings) -> AsyncIterator[Database]:
 
 async def collect(settings: CollectorSettings) -> None:
     """Runs the collector until SIGTERM. Feedback is taken while the broker is away, and published when it is back."""
-    checker = Checker(ReceiptKey.load(settings.keys_path), settings.max_text_bytes)
+    tenants = Tenants.load(settings.tenants_path)
+    checker = Checker(ReceiptKey.load(settings.keys_path), settings.max_text_bytes, tenants)
+    redaction = Redaction(tenants)
     log = open_log(settings.bootstrap_servers)
     try:
         async with opened(settings) as database:
-            relay = Relay(database, log, settings)
-            ingest = Ingest(database, log, settings, relay.wake)
-            preferences = Preferences(database, checker, relay.wake)
+            relay = Relay(database, log, settings, redaction)
+            ingest = Ingest(database, log, settings, relay.wake, tenants)
+            eraser = Eraser(database, settings, tenants, relay.wake)
+            preferences = Preferences(database, checker, relay.wake, eraser)
             await serving.serve(
                 process="collector",
                 listen=settings.listen,
                 metrics_port=settings.metrics_port,
                 services=[NAME],
                 register=partial(preference_pb2_grpc.add_PreferenceServiceServicer_to_server, preferences),
-                background={"relay": relay.run, "ingest": ingest.run},
+                background={"relay": relay.run, "ingest": ingest.run, "eraser": eraser.run},
                 drain_seconds=settings.drain_seconds,
             )
     finally:
