@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from google.protobuf.message import DecodeError
 from sqlalchemy import ColumnElement, Connection, Select, delete, insert, select, update
 from uuid_utils import uuid7
 
@@ -210,9 +211,9 @@ def _may_be_of(letter: DeadLetter, tenant: str, user_id: str) -> bool:
     """Whether a record that could not be used may be the user's: what cannot be read is searched for the name."""
     try:
         event = GenerationEvent.FromString(letter.value)
-    except ValueError:
+    except DecodeError:
         return user_id.encode() in letter.value
-    return (event.tenant, event.user_id) == (tenant, user_id)
+    return event.user_id == user_id and event.tenant in (tenant, "")
 
 
 def _known_samples(connection: Connection, ids: set[str]) -> set[str]:

@@ -18,6 +18,8 @@ from prometheus_client import REGISTRY
 from services.collector import metrics, outbox
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
+from services.collector.rights.eraser import Eraser
+from services.collector.rights.tenants import Tenants
 from services.collector.service import Preferences
 from services.collector.submission import Checker
 from tests.unit.services.collector import parts
@@ -26,7 +28,6 @@ from thumbwheel import errors, serving
 from thumbwheel.v1 import preference_pb2_grpc
 from thumbwheel.v1.preference_pb2 import (
     FeedbackState,
-    ForgetRequest,
     GetFeedbackRequest,
     NextComparisonRequest,
     RetractRequest,
@@ -48,12 +49,13 @@ class Client:
 
 
 @pytest.fixture
-async def client(database: Database, deployment: Deployment) -> AsyncIterator[Client]:
+async def client(database: Database, deployment: Deployment, settings: CollectorSettings) -> AsyncIterator[Client]:
     server = grpc.aio.server(interceptors=[serving.CallInterceptor()])
     port = server.add_insecure_port("127.0.0.1:0")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         client = Client(channel)
-        preferences = Preferences(database, Checker(deployment.key, 1_000), client.wake)
+        eraser = Eraser(database, settings, Tenants(), client.wake)
+        preferences = Preferences(database, Checker(deployment.key, 1_000), client.wake, eraser)
         preference_pb2_grpc.add_PreferenceServiceServicer_to_server(preferences, server)
         await server.start()
         yield client
@@ -179,7 +181,7 @@ async def test_a_full_disk_says_what_to_do_and_passes(
 
 
 async def test_what_is_not_there_yet_says_so(client: Client) -> None:
-    for answer in (client.stub.NextComparison(NextComparisonRequest()), client.stub.Forget(ForgetRequest())):
+    for answer in (client.stub.NextComparison(NextComparisonRequest()),):
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await call(answer)
         assert raised.value.code() == grpc.StatusCode.UNIMPLEMENTED
