@@ -229,9 +229,11 @@ def publish(home: Path, sequence: int, samples: Sequence[str], parent: str = "")
     name = version_name(role, sequence)
     manifest = CheckpointManifest(version=name, role=role, sequence=sequence, parent=parent, lineage=lineage)
     store = LocalStore(home / "store", ManifestVerifier.load(home / "keys"))
-    store.publish(
-        manifest, lambda folder: (folder / SAMPLES).write_text(text) and None, ManifestSigner.load(home / "keys")
-    )
+
+    def write(folder: Path) -> None:
+        (folder / SAMPLES).write_text(text)
+
+    store.publish(manifest, write, ManifestSigner.load(home / "keys"))
     return name
 
 
