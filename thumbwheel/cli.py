@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from thumbwheel import data
+
 if TYPE_CHECKING:
     from thumbwheel.client import AsyncClient, Choice
     from thumbwheel.stack import StackSettings
@@ -347,6 +349,9 @@ def status(home: Home = None, as_json: Json = False) -> None:
             raise errors.Unavailable(f"{part} is away: {reason}", remedy="Type `thumbwheel up`.")
 
     _run(main())
+
+
+data.register(app, _run)
 
 
 def main() -> None:

@@ -234,6 +234,11 @@ class AsyncClient:
         with _translated():
             return (await self._collector.Retract(request, **self._call)).record
 
+    async def forget(self, user_id: str) -> preference_pb.ForgetResponse:
+        """Erases all of a user's content; returns when it is off the collector's disk."""
+        with _translated():
+            return await self._collector.Forget(preference_pb.ForgetRequest(user_id=user_id), **self._call)
+
     async def feedback(self, feedback_ids: Sequence[str]) -> list[preference_pb.FeedbackRecord]:
         """What became of feedback."""
         records: list[preference_pb.FeedbackRecord] = []
@@ -344,6 +349,10 @@ class Client:
     def retract(self, feedback_id: str, *, user_id: str) -> preference_pb.FeedbackRecord:
         """Takes feedback back."""
         return self._portal.call(lambda: self._client.retract(feedback_id, user_id=user_id))
+
+    def forget(self, user_id: str) -> preference_pb.ForgetResponse:
+        """Erases all of a user's content; returns when it is off the collector's disk."""
+        return self._portal.call(self._client.forget, user_id)
 
     def feedback(self, feedback_ids: Sequence[str]) -> list[preference_pb.FeedbackRecord]:
         """What became of feedback."""

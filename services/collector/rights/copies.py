@@ -6,18 +6,20 @@ found whatever its format, also where the file was shuffled since, and the index
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import socket
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from sqlalchemy import Connection, delete, insert, select
 
 from services.collector import tables
 from services.collector.outbox import now_micros
-from thumbwheel import files
+from thumbwheel import errors, files
 
 INDEX = ".ids"
 PART = ".part"
@@ -60,8 +62,18 @@ def known(connection: Connection, tenant: str) -> list[tuple[str, str]]:
     return [(host, path) for host, path in connection.execute(found.order_by(tables.exports.c.path))]
 
 
+@contextmanager
+def held(file: IO[bytes]) -> Iterator[None]:
+    """While an export is being written, and its writer lives: nobody else takes rows out of it."""
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
 def scrub_all(exports: list[tuple[str, str]], samples: Set[str]) -> Scrubbed:
-    """Takes the rows of these samples out of the exports; names those on other machines, or without their index."""
+    """Takes the rows of these samples out of the exports; names those on other machines, or without their index.
+
+    Raises `errors.Unavailable` while one is being written.
+    """
     rows, out_of_reach = 0, []
     for host, name in exports:
         path = Path(name)
@@ -82,7 +94,17 @@ def scrub_all(exports: list[tuple[str, str]], samples: Set[str]) -> Scrubbed:
 
 
 def scrub(path: Path, samples: Set[str]) -> int:
-    """Takes the rows of these samples out of an export, whole or half-written. Returns how many. May be done again."""
+    """Takes the rows of these samples out of an export, whole or half-written. Returns how many. May be done again.
+
+    Raises `errors.Unavailable` while it is being written: its writer would not see what was taken out.
+    """
+    part = part_of(path)
+    if part.exists():
+        with part.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise errors.Unavailable(f"{path} is being written.", remedy="Wait for the export to end.") from None
     index = index_of(path)
     doomed: set[str] = set()
     with index.open("rb") as lines:
@@ -93,7 +115,7 @@ def scrub(path: Path, samples: Set[str]) -> int:
     if not doomed:
         return 0
     # The rows first: without its index they could not be found again.
-    erased = sum(_rewrite(each, doomed) for each in (path, part_of(path)) if each.exists())
+    erased = sum(_rewrite(each, doomed) for each in (path, part) if each.exists())
     _rewrite(index, doomed)
     return erased
 

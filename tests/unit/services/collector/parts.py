@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -107,6 +108,11 @@ class Deployment:
         """Checks and records, as the service does."""
         submission = Checker(self.key, 1_000).check(feedback, tenant=self.tenant)
         return await database.write(lambda connection: ledger.submit(connection, submission))
+
+    async def retract(self, database: Database, feedback_id: str, user: str = "ann") -> Recorded:
+        """Takes feedback back, as the service does."""
+        work = partial(ledger.retract, feedback_id=feedback_id, user_id=user, tenant=self.tenant)
+        return await database.write(work)
 
 
 def comparison(
