@@ -1,6 +1,10 @@
 """The tables. `migrations/` builds them; a test holds that both agree.
 
     feedback ──< feedback_generations >── generations      what was said, of what
+    decisions ──< decision_votes >── feedback              what is learnt from, and the votes that it rests on
+    raters, gold                                           how far each user is trusted, and what that is measured by
+    guidelines, aspects                                    how people are told to judge
+    shown                                                  pairs that were picked to be compared
     outbox                                                 what is to be published, and what has been
     positions, topic_ids                                   where reading goes on, and how far writing got
 
@@ -12,7 +16,9 @@ from __future__ import annotations
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -20,6 +26,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    Text,
     UniqueConstraint,
     literal_column,
 )
@@ -44,6 +51,10 @@ generations = Table(
     Column("prompt_id", String(128), nullable=False, index=True),
     Column("event", LargeBinary, nullable=False, doc="The GenerationEvent: prompt, text, tokens, logprobs, spans."),
     Column("stored_at", BigInteger, nullable=False),
+    Column("prompt_sha256", LargeBinary(32), nullable=True, doc="Of the prompt; empty where no receipt attests it."),
+    Column("text_sha256", LargeBinary(32), nullable=False, doc="Of the response's text."),
+    Column("version", String(128), nullable=False, doc="The policy version that wrote its first token."),
+    Index(None, "tenant", "stored_at"),
 )
 
 feedback = Table(
@@ -61,7 +72,15 @@ feedback = Table(
     Column("reason", String(128), nullable=False),
     Column("comparison_id", String(128), nullable=True),
     Column("received_at", BigInteger, nullable=False),
+    Column("prompt_sha256", LargeBinary(32), nullable=False, doc="Of the prompt: what is curated together."),
+    Column(
+        "item", LargeBinary(32), nullable=True, doc="What was judged; of a user's writes on it the last one stands."
+    ),
+    Column("superseded_by", String(128), nullable=True),
+    Column("weight", Float, nullable=False, doc="With which it is learnt from; 0 where it is not."),
     UniqueConstraint("tenant", "idempotency_key"),
+    Index(None, "tenant", "prompt_sha256"),
+    Index(None, "tenant", "user_id", "item"),
 )
 # Spelt out, not a parameter: SQLite uses a partial index only for a condition that it can see to be the index's own.
 held = feedback.c.state == literal_column("'HELD'")
@@ -74,6 +93,85 @@ feedback_generations = Table(
     Column("feedback_id", String(128), ForeignKey(feedback.c.feedback_id), primary_key=True),
     Column("place", Integer, primary_key=True, doc="0 for the first response, or the only one."),
     Column("generation_id", String(128), nullable=False, index=True),
+)
+
+decisions = Table(
+    "decisions",
+    metadata,
+    Column("sample_id", String(128), primary_key=True, doc="The comparison's or the unpaired thumb's id."),
+    Column("kind", String(16), nullable=False, doc="comparison or thumb."),
+    Column("tenant", String(128), nullable=False),
+    Column("prompt_id", String(128), nullable=False),
+    Column("prompt_sha256", LargeBinary(32), nullable=False),
+    Column("state", String(16), nullable=False, doc="ACCEPTED or RETRACTED, as was last published."),
+    Column("reason", String(128), nullable=False),
+    Column("weight", Float, nullable=False),
+    Column("revision", Integer, nullable=False, doc="How often it has been published."),
+    Column("decided_at", BigInteger, nullable=False),
+    Index(None, "tenant", "prompt_sha256"),
+)
+
+decision_votes = Table(
+    "decision_votes",
+    metadata,
+    Column("sample_id", String(128), ForeignKey(decisions.c.sample_id), primary_key=True),
+    Column("place", Integer, primary_key=True, autoincrement=False),
+    Column("feedback_id", String(128), ForeignKey(feedback.c.feedback_id), nullable=False, index=True),
+)
+
+raters = Table(
+    "raters",
+    metadata,
+    Column("tenant", String(128), primary_key=True),
+    Column("user_id", String(128), primary_key=True),
+    Column("reliability", Float, nullable=False, doc="Probability that a vote is what most others would say."),
+    Column("votes", Integer, nullable=False, doc="Votes that the reliability was estimated from."),
+    Column("state", String(16), nullable=False, doc="TRUSTED or QUARANTINED."),
+    Column("reason", String(128), nullable=False),
+    Column("by_hand", Boolean, nullable=False, doc="An operator said so: estimates do not change the state."),
+    Column("updated_at", BigInteger, nullable=False),
+)
+
+gold = Table(
+    "gold",
+    metadata,
+    Column("tenant", String(128), primary_key=True),
+    Column("item", LargeBinary(32), primary_key=True, doc="The pair, as in feedback."),
+    Column("chosen", String(128), nullable=False, doc="The generation that is better beyond doubt."),
+    Column("declared_at", BigInteger, nullable=False),
+)
+
+guidelines = Table(
+    "guidelines",
+    metadata,
+    Column("tenant", String(128), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("version", String(128), nullable=False),
+    Column("document", LargeBinary, nullable=False, doc="The GetGuidelinesResponse."),
+    Column("created_at", BigInteger, nullable=False),
+    UniqueConstraint("tenant", "version"),
+)
+
+aspects = Table(
+    "aspects",
+    metadata,
+    Column("tenant", String(128), primary_key=True),
+    Column("aspect", String(64), primary_key=True),
+    Column("text", Text, nullable=False, doc="How to judge it, in Markdown."),
+    Column("declared_at", BigInteger, nullable=False),
+)
+
+shown = Table(
+    "shown",
+    metadata,
+    Column("tenant", String(128), primary_key=True),
+    Column("user_id", String(128), primary_key=True),
+    Column("item", LargeBinary(32), primary_key=True, doc="The pair, as in feedback."),
+    Column("first_id", String(128), nullable=False, doc="The generation to be shown first."),
+    Column("second_id", String(128), nullable=False),
+    Column("propensity", Float, nullable=False, doc="Probability of this pair in this order."),
+    Column("strategy", String(16), nullable=False, doc="RANDOM, DUEL or UNCERTAIN."),
+    Column("shown_at", BigInteger, nullable=False),
 )
 
 outbox = Table(
