@@ -239,6 +239,8 @@ class ComparisonEvent(_message.Message):
     DEMONSTRATION_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     PROPENSITY_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     """Id of the event (UUIDv7)."""
     comparison_id: _builtins.str
@@ -258,9 +260,13 @@ class ComparisonEvent(_message.Message):
     demonstration: _builtins.bool
     """True where a person wrote the chosen response: it is a demonstration too."""
     reason: _builtins.str
-    """Why it stands where it stands: a short code, such as "cycle"; empty for an ordinary acceptance."""
+    """Why it stands where it stands: a short code, such as "preferred" or "cycle"."""
     propensity: _builtins.float
     """Probability with which the pair was chosen to be shown in this order; left out: not known."""
+    strength: _builtins.float
+    """How strong the preference is, 0 (slight) to 1; left out: not asked."""
+    revision: _builtins.int
+    """Counts what was said of this comparison, from 1. What carries no higher number than was seen before is stale."""
     @_builtins.property
     def prompt(self) -> _policy_pb2.Prompt:
         """What was asked."""
@@ -310,14 +316,21 @@ class ComparisonEvent(_message.Message):
         demonstration: _builtins.bool = ...,
         reason: _builtins.str = ...,
         propensity: _builtins.float | None = ...,
+        strength: _builtins.float | None = ...,
+        revision: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_propensity", b"_propensity", "chosen", b"chosen", "prompt", b"prompt", "propensity", b"propensity", "received_at", b"received_at", "rejected", b"rejected"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_propensity", b"_propensity", "_strength", b"_strength", "chosen", b"chosen", "prompt", b"prompt", "propensity", b"propensity", "received_at", b"received_at", "rejected", b"rejected", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_propensity", b"_propensity", "aspects", b"aspects", "chosen", b"chosen", "chosen_shown_first", b"chosen_shown_first", "comparison_id", b"comparison_id", "demonstration", b"demonstration", "event_id", b"event_id", "feedback_ids", b"feedback_ids", "prompt", b"prompt", "prompt_id", b"prompt_id", "prompt_token_ids", b"prompt_token_ids", "propensity", b"propensity", "reason", b"reason", "received_at", b"received_at", "rejected", b"rejected", "source", b"source", "state", b"state", "tenant", b"tenant", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_propensity", b"_propensity", "_strength", b"_strength", "aspects", b"aspects", "chosen", b"chosen", "chosen_shown_first", b"chosen_shown_first", "comparison_id", b"comparison_id", "demonstration", b"demonstration", "event_id", b"event_id", "feedback_ids", b"feedback_ids", "prompt", b"prompt", "prompt_id", b"prompt_id", "prompt_token_ids", b"prompt_token_ids", "propensity", b"propensity", "reason", b"reason", "received_at", b"received_at", "rejected", b"rejected", "revision", b"revision", "source", b"source", "state", b"state", "strength", b"strength", "tenant", b"tenant", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__propensity: _TypeAlias = _typing.Literal["propensity"]  # noqa: Y015
     _WhichOneofArgType__propensity: _TypeAlias = _typing.Literal["_propensity", b"_propensity"]  # noqa: Y015
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__propensity) -> _WhichOneofReturnType__propensity | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
 
 Global___ComparisonEvent: _TypeAlias = ComparisonEvent  # noqa: Y015
 
@@ -341,6 +354,7 @@ class ThumbEvent(_message.Message):
     ASPECTS_FIELD_NUMBER: _builtins.int
     RECEIVED_AT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     """Id of the event (UUIDv7)."""
     thumb_id: _builtins.str
@@ -356,7 +370,9 @@ class ThumbEvent(_message.Message):
     weight: _builtins.float
     """Weight of the sample in the loss; 1 is usual."""
     reason: _builtins.str
-    """Why it stands where it stands: a short code, such as "paired"; empty for an ordinary acceptance."""
+    """Why it stands where it stands: a short code, such as "unpaired_thumb"."""
+    revision: _builtins.int
+    """Counts what was said of this thumb, from 1. What carries no higher number than was seen before is stale."""
     @_builtins.property
     def prompt(self) -> _policy_pb2.Prompt:
         """What was asked."""
@@ -398,10 +414,11 @@ class ThumbEvent(_message.Message):
         aspects: _abc.Iterable[_preference_pb2.AspectThumb] | None = ...,
         received_at: _timestamp_pb2.Timestamp | None = ...,
         reason: _builtins.str = ...,
+        revision: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "received_at", b"received_at", "response", b"response"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aspects", b"aspects", "event_id", b"event_id", "feedback_ids", b"feedback_ids", "prompt", b"prompt", "prompt_id", b"prompt_id", "prompt_token_ids", b"prompt_token_ids", "reason", b"reason", "received_at", b"received_at", "response", b"response", "state", b"state", "tenant", b"tenant", "thumb_id", b"thumb_id", "value", b"value", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aspects", b"aspects", "event_id", b"event_id", "feedback_ids", b"feedback_ids", "prompt", b"prompt", "prompt_id", b"prompt_id", "prompt_token_ids", b"prompt_token_ids", "reason", b"reason", "received_at", b"received_at", "response", b"response", "revision", b"revision", "state", b"state", "tenant", b"tenant", "thumb_id", b"thumb_id", "value", b"value", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -122,13 +122,15 @@ class _FeedbackStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Feedbac
     FEEDBACK_STATE_ACCEPTED: _FeedbackState.ValueType  # 2
     """Joined to its generations and emitted for training."""
     FEEDBACK_STATE_APART: _FeedbackState.ValueType  # 3
-    """Joined, recorded and kept apart, for the reason given: a tie, part of a cycle, given by a user in quarantine."""
+    """Joined, recorded and kept apart, for the reason given, such as "tie" or "cycle"."""
     FEEDBACK_STATE_RECORDED: _FeedbackState.ValueType  # 4
     """Joined and recorded; of a kind that is not trained on as a comparison."""
     FEEDBACK_STATE_RETRACTED: _FeedbackState.ValueType  # 5
     """Taken back."""
     FEEDBACK_STATE_SUPERSEDED: _FeedbackState.ValueType  # 6
     """The same user judged the same thing anew: the later judgement stands, this one is history."""
+    FEEDBACK_STATE_QUARANTINED: _FeedbackState.ValueType  # 7
+    """Kept apart for as long as the user who gave it is not trusted."""
 
 class FeedbackState(_FeedbackState, metaclass=_FeedbackStateEnumTypeWrapper):
     """What has become of a piece of feedback."""
@@ -140,13 +142,15 @@ FEEDBACK_STATE_HELD: FeedbackState.ValueType  # 1
 FEEDBACK_STATE_ACCEPTED: FeedbackState.ValueType  # 2
 """Joined to its generations and emitted for training."""
 FEEDBACK_STATE_APART: FeedbackState.ValueType  # 3
-"""Joined, recorded and kept apart, for the reason given: a tie, part of a cycle, given by a user in quarantine."""
+"""Joined, recorded and kept apart, for the reason given, such as "tie" or "cycle"."""
 FEEDBACK_STATE_RECORDED: FeedbackState.ValueType  # 4
 """Joined and recorded; of a kind that is not trained on as a comparison."""
 FEEDBACK_STATE_RETRACTED: FeedbackState.ValueType  # 5
 """Taken back."""
 FEEDBACK_STATE_SUPERSEDED: FeedbackState.ValueType  # 6
 """The same user judged the same thing anew: the later judgement stands, this one is history."""
+FEEDBACK_STATE_QUARANTINED: FeedbackState.ValueType  # 7
+"""Kept apart for as long as the user who gave it is not trusted."""
 Global___FeedbackState: _TypeAlias = FeedbackState  # noqa: Y015
 
 class _PickStrategy:

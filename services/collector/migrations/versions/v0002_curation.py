@@ -10,53 +10,81 @@ import sqlalchemy as sa
 from alembic import op
 
 from thumbwheel.v1.events_pb2 import GenerationEvent
-from thumbwheel.v1.policy_pb2 import Receipt, ReceiptClaims
-from thumbwheel.v1.preference_pb2 import Feedback
+from thumbwheel.v1.policy_pb2 import FinishReason, Receipt, ReceiptClaims
+from thumbwheel.v1.preference_pb2 import Feedback, Preference, ThumbValue
 
 revision = "0002"
 down_revision = "0001"
 branch_labels = None
 depends_on = None
 
-TABLES = ("shown", "aspects", "guidelines", "gold", "raters", "decision_votes", "decisions")
-INDICES = (
+BATCH = 1_000
+
+_TABLES = (
+    "shown", "aspects", "guidelines", "gold", "raters", "tallies", "prompts", "decision_votes", "decisions"
+)  # fmt: skip
+_INDICES = (
     ("ix_generations_tenant_stored_at", "generations", ["tenant", "stored_at"]),
-    ("ix_feedback_tenant_prompt_sha256", "feedback", ["tenant", "prompt_sha256"]),
+    ("ix_feedback_tenant_group_id", "feedback", ["tenant", "group_id"]),
     ("ix_feedback_tenant_user_id_item", "feedback", ["tenant", "user_id", "item"]),
 )
-BATCH = 1_000
 
 
 def upgrade() -> None:
     """Goes to this version."""
-    # Defaults are for the rows that are there already; what they hold is read out of the messages below.
-    none = sa.text("X''") if op.get_bind().dialect.name == "sqlite" else sa.text("''::bytea")
-    op.add_column("generations", sa.Column("prompt_sha256", sa.LargeBinary(32), nullable=True))
-    op.add_column("generations", sa.Column("text_sha256", sa.LargeBinary(32), nullable=False, server_default=none))
-    op.add_column("generations", sa.Column("version", sa.String(128), nullable=False, server_default=""))
-    op.add_column("feedback", sa.Column("prompt_sha256", sa.LargeBinary(32), nullable=False, server_default=none))
-    op.add_column("feedback", sa.Column("item", sa.LargeBinary(32), nullable=True))
-    op.add_column("feedback", sa.Column("superseded_by", sa.String(128), nullable=True))
-    op.add_column("feedback", sa.Column("weight", sa.Float(), nullable=False, server_default="0"))
-    for name, table, columns in INDICES:
+    _add_columns()
+    for name, table, columns in _INDICES:
         op.create_index(name, table, columns)
     _create_decisions()
-    _create_people()
+    _create_raters()
+    _create_asking()
     _fill_generations(op.get_bind())
     _fill_feedback(op.get_bind())
 
 
 def downgrade() -> None:
     """Goes back to version 0001: verdicts, raters, guidelines and what was shown are forgotten."""
-    for table in TABLES:
+    op.execute("UPDATE feedback SET state = 'APART' WHERE state IN ('SUPERSEDED', 'QUARANTINED')")
+    for table in _TABLES:
         op.drop_table(table)
-    for name, table, _ in INDICES:
+    for name, table, _ in _INDICES:
         op.drop_index(name, table)
-    for column in ("prompt_sha256", "text_sha256", "version"):
+    for column in ("prompt_sha256", "text_sha256", "empty", "cut", "version"):
         op.drop_column("generations", column)
-    for column in ("prompt_sha256", "item", "superseded_by", "weight"):
+    for column in (
+        *("item", "choice", "outcome", "sample_id", "edit_sha256", "user_rank", "tenant_rank"),
+        *("joined", "group_id", "released", "superseded_by", "weight", "revision"),
+    ):
         op.drop_column("feedback", column)
-    op.execute("UPDATE feedback SET state = 'APART' WHERE state = 'SUPERSEDED'")
+
+
+def _add_columns() -> None:
+    # Defaults are for the rows that are there already; what they hold is read out of their messages afterwards.
+    nothing = sa.text("X''") if op.get_bind().dialect.name == "sqlite" else sa.text("''::bytea")
+    for column in (
+        sa.Column("prompt_sha256", sa.LargeBinary(32), nullable=True),
+        sa.Column("text_sha256", sa.LargeBinary(32), nullable=False, server_default=nothing),
+        sa.Column("empty", sa.Boolean(), nullable=False, server_default=sa.false()),
+        sa.Column("cut", sa.Boolean(), nullable=False, server_default=sa.false()),
+        sa.Column("version", sa.String(128), nullable=False, server_default=""),
+    ):
+        op.add_column("generations", column)
+    for column in (
+        sa.Column("item", sa.LargeBinary(32), nullable=True),
+        sa.Column("choice", sa.String(8), nullable=True),
+        sa.Column("outcome", sa.LargeBinary(32), nullable=True),
+        sa.Column("sample_id", sa.String(128), nullable=True),
+        sa.Column("edit_sha256", sa.LargeBinary(32), nullable=True),
+        sa.Column("user_rank", sa.Integer(), nullable=False, server_default="0"),
+        sa.Column("tenant_rank", sa.Integer(), nullable=False, server_default="0"),
+        sa.Column("joined", sa.String(32), nullable=True),
+        sa.Column("group_id", sa.String(128), nullable=True),
+        sa.Column("released", sa.Boolean(), nullable=False, server_default=sa.false()),
+        sa.Column("superseded_by", sa.String(128), nullable=True),
+        sa.Column("weight", sa.Float(), nullable=False, server_default="0"),
+        sa.Column("revision", sa.Integer(), nullable=False, server_default="2"),
+    ):
+        op.add_column("feedback", column)
 
 
 def _create_decisions() -> None:
@@ -66,7 +94,7 @@ def _create_decisions() -> None:
         sa.Column("kind", sa.String(16), nullable=False),
         sa.Column("tenant", sa.String(128), nullable=False),
         sa.Column("prompt_id", sa.String(128), nullable=False),
-        sa.Column("prompt_sha256", sa.LargeBinary(32), nullable=False),
+        sa.Column("group_id", sa.String(128), nullable=False),
         sa.Column("state", sa.String(16), nullable=False),
         sa.Column("reason", sa.String(128), nullable=False),
         sa.Column("weight", sa.Float(), nullable=False),
@@ -74,7 +102,7 @@ def _create_decisions() -> None:
         sa.Column("decided_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("sample_id", name="pk_decisions"),
     )
-    op.create_index("ix_decisions_tenant_prompt_sha256", "decisions", ["tenant", "prompt_sha256"])
+    op.create_index("ix_decisions_tenant_group_id", "decisions", ["tenant", "group_id"])
     op.create_table(
         "decision_votes",
         sa.Column("sample_id", sa.String(128), nullable=False),
@@ -85,18 +113,41 @@ def _create_decisions() -> None:
         sa.PrimaryKeyConstraint("sample_id", "place", name="pk_decision_votes"),
     )
     op.create_index("ix_decision_votes_feedback_id", "decision_votes", ["feedback_id"])
+    row_number = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+    op.create_table(
+        "prompts",
+        sa.Column("number", row_number, autoincrement=True, nullable=False),
+        sa.Column("tenant", sa.String(128), nullable=False),
+        sa.Column("prompt_id", sa.String(128), nullable=False),
+        sa.Column("group_id", sa.String(128), nullable=False),
+        sa.PrimaryKeyConstraint("number", name="pk_prompts"),
+        sa.UniqueConstraint("tenant", "prompt_id", name="uq_prompts_tenant_prompt_id"),
+        sqlite_autoincrement=True,
+    )
 
 
-def _create_people() -> None:
+def _create_raters() -> None:
+    op.create_table(
+        "tallies",
+        sa.Column("tenant", sa.String(128), nullable=False),
+        sa.Column("user_id", sa.String(128), nullable=False),
+        sa.Column("day", sa.Integer(), nullable=False, autoincrement=False),
+        sa.Column("count", sa.Integer(), nullable=False),
+        sa.PrimaryKeyConstraint("tenant", "user_id", "day", name="pk_tallies"),
+    )
     op.create_table(
         "raters",
         sa.Column("tenant", sa.String(128), nullable=False),
         sa.Column("user_id", sa.String(128), nullable=False),
         sa.Column("reliability", sa.Float(), nullable=False),
+        sa.Column("weight", sa.Float(), nullable=False),
         sa.Column("votes", sa.Integer(), nullable=False),
-        sa.Column("state", sa.String(16), nullable=False),
-        sa.Column("reason", sa.String(128), nullable=False),
-        sa.Column("by_hand", sa.Boolean(), nullable=False),
+        sa.Column("judged", sa.Float(), nullable=False),
+        sa.Column("gold_judged", sa.Integer(), nullable=False),
+        sa.Column("gold_correct", sa.Integer(), nullable=False),
+        sa.Column("quarantine", sa.String(32), nullable=False),
+        sa.Column("bursts", sa.Text(), nullable=False),
+        sa.Column("by_hand", sa.String(16), nullable=False),
         sa.Column("updated_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("tenant", "user_id", name="pk_raters"),
     )
@@ -108,6 +159,9 @@ def _create_people() -> None:
         sa.Column("declared_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("tenant", "item", name="pk_gold"),
     )
+
+
+def _create_asking() -> None:
     op.create_table(
         "guidelines",
         sa.Column("tenant", sa.String(128), nullable=False),
@@ -141,67 +195,79 @@ def _create_people() -> None:
 
 
 def _fill_generations(connection: sa.Connection) -> None:
-    """Reads prompt, text and version out of the generations that are there."""
-    table = sa.table("generations", *(sa.column(name) for name in ("generation_id", "event", *_GENERATION)))
+    """Reads out of the generations that are there what is now a column."""
+    names = ("prompt_sha256", "text_sha256", "empty", "cut", "version")
+    table = sa.table("generations", *(sa.column(name) for name in ("generation_id", "event", *names)))
     for rows in _pages(connection, table.c.generation_id, table.c.event):
         values = []
         for id, data in rows:
             generation = GenerationEvent.FromString(data).generation
-            values.append(
-                {
-                    "id": id,
-                    "new_prompt_sha256": _claims(generation.receipt).prompt_sha256 or None,
-                    "new_text_sha256": hashlib.sha256(generation.text.encode()).digest(),
-                    "new_version": generation.spans[0].version[:128] if generation.spans else "",
-                }
+            read = (
+                _claims(generation.receipt).prompt_sha256 or None,
+                hashlib.sha256(generation.text.encode()).digest(),
+                not generation.text.strip(),
+                generation.finish_reason == FinishReason.FINISH_REASON_LENGTH,
+                generation.spans[-1].version[:128] if generation.spans else "",
             )
-        _fill(connection, table, table.c.generation_id, _GENERATION, values)
+            values.append({"id": id, **dict(zip((f"new_{name}" for name in names), read, strict=True))})
+        _fill(connection, table, table.c.generation_id, names, values)
 
 
 def _fill_feedback(connection: sa.Connection) -> None:
     """Says of the feedback that is there what it judged, and puts down the comparisons that were emitted."""
-    names = ("feedback_id", "tenant", "prompt_id", "kind", "body", "state", "comparison_id", "received_at", *_FEEDBACK)
-    table = sa.table("feedback", *(sa.column(name) for name in names))
-    kept = [table.c[name] for name in names[:-3]]
-    decisions = sa.table("decisions", *(sa.column(name) for name in _DECISION))
+    names = ("feedback_id", "tenant", "prompt_id", "kind", "body", "state", "reason", "comparison_id", "received_at")
+    new = ("item", "choice", "outcome", "sample_id", "edit_sha256", "joined", "group_id", "weight")
+    told = (
+        *("sample_id", "kind", "tenant", "prompt_id", "group_id", "state", "reason", "weight"),
+        *("revision", "decided_at"),
+    )
+    table = sa.table("feedback", *(sa.column(name) for name in (*names, *new)))
+    decisions = sa.table("decisions", *(sa.column(name) for name in told))
     votes = sa.table("decision_votes", *(sa.column(name) for name in ("sample_id", "place", "feedback_id")))
-    for rows in _pages(connection, kept[0], *kept[1:]):
+    for rows in _pages(connection, *(table.c[name] for name in names)):
         values, decided, rests = [], [], []
-        for id, tenant, prompt_id, kind, body, state, comparison_id, received_at in rows:
-            claims = [_claims(receipt) for receipt in _receipts(Feedback.FromString(body), kind)]
-            prompt, accepted = claims[0].prompt_sha256, state == "ACCEPTED"
-            item = None
-            if kind in ("comparison", "thumb", "edit"):
-                judged = "\n".join([kind, *sorted(one.generation_id for one in claims)])
-                item = hashlib.sha256(judged.encode()).digest()
-            values.append({"id": id, "new_prompt_sha256": prompt, "new_item": item, "new_weight": float(accepted)})
+        for id, tenant, prompt_id, kind, body, state, reason, comparison_id, received_at in rows:
+            accepted = state == "ACCEPTED"
+            joined = {"HELD": None, "APART": "receipt_mismatch" if reason == "receipt_mismatch" else ""}.get(state, "")
+            group = None if joined is None else prompt_id
+            item, choice, outcome, edit = _judged(Feedback.FromString(body), kind)
+            sample = (comparison_id or id) if item else None
+            read = (item, choice, outcome, sample, edit, joined, group, float(accepted))
+            values.append({"id": id, **dict(zip((f"new_{name}" for name in new), read, strict=True))})
             if comparison_id:
-                state = "ACCEPTED" if accepted else "RETRACTED"
-                reason = "" if accepted else "retracted_by_user"
-                told = (comparison_id, "comparison", tenant, prompt_id, prompt, state, reason)
-                revision = 1 if accepted else 2
-                decided.append(dict(zip(_DECISION, (*told, float(accepted), revision, received_at), strict=True)))
+                how = ("ACCEPTED", "preferred", 1.0, 1) if accepted else ("RETRACTED", "retracted_by_user", 0.0, 2)
+                what = (comparison_id, "comparison", tenant, prompt_id, prompt_id)
+                decided.append(dict(zip(told, (*what, *how, received_at), strict=True)))
                 rests.append({"sample_id": comparison_id, "place": 0, "feedback_id": id})
-        _fill(connection, table, table.c.feedback_id, _FEEDBACK, values)
+        _fill(connection, table, table.c.feedback_id, new, values)
         if decided:
             connection.execute(sa.insert(decisions), decided)
             connection.execute(sa.insert(votes), rests)
 
 
-_GENERATION = ("prompt_sha256", "text_sha256", "version")
-_FEEDBACK = ("prompt_sha256", "item", "weight")
-_DECISION = (
-    "sample_id", "kind", "tenant", "prompt_id", "prompt_sha256", "state", "reason", "weight", "revision", "decided_at"
-)  # fmt: skip
+def _judged(body: Feedback, kind: str) -> tuple[bytes | None, str | None, bytes | None, bytes | None]:
+    """What is judged, how, which outcome that is, and the digest of an edit's text."""
+    edit = None
+    if kind == "comparison":
+        vote = body.comparison
+        ids = [_claims(vote.a).generation_id, _claims(vote.b).generation_id]
+        choice = Preference.Name(vote.preference).removeprefix("PREFERENCE_").lower()
+        outcome = {"a": ids[0], "b": ids[1]}.get(choice, choice).encode()
+    elif kind == "thumb":
+        ids = [_claims(body.thumb.receipt).generation_id]
+        choice = ThumbValue.Name(body.thumb.value).removeprefix("THUMB_VALUE_").lower()
+        outcome = choice.encode()
+    elif kind == "edit":
+        ids, choice = [_claims(body.edit.receipt).generation_id], "a"
+        outcome = edit = hashlib.sha256(body.edit.text.encode()).digest()
+    else:
+        return None, None, None, None
+    item = hashlib.sha256("\n".join([kind, *sorted(ids)]).encode()).digest()
+    return item, choice, hashlib.sha256(item + outcome).digest(), edit
 
 
 def _claims(receipt: Receipt) -> ReceiptClaims:
     return ReceiptClaims.FromString(receipt.claims)
-
-
-def _receipts(body: Feedback, kind: str) -> list[Receipt]:
-    one = getattr(body, kind)
-    return [one.a, one.b] if kind == "comparison" else [one.receipt]
 
 
 def _pages(
