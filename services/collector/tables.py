@@ -81,6 +81,7 @@ feedback = Table(
     Column("outcome", LargeBinary(32), nullable=True, doc="The same judgement of the item has the same one."),
     Column("sample_id", String(128), nullable=True, doc="What it teaches: the user's first id of that outcome."),
     Column("edit_sha256", LargeBinary(32), nullable=True, doc="Of an edit's text."),
+    Column("propensity", Float, nullable=True, doc="Of having been shown what was compared, in this order."),
     Column("user_rank", Integer, nullable=False, doc="Feedback that the user had given before it on that UTC day."),
     Column("tenant_rank", Integer, nullable=False, doc="The same of all the tenant's users."),
     # What became of it.

@@ -52,7 +52,7 @@ def downgrade() -> None:
     for column in ("prompt_sha256", "text_sha256", "empty", "cut", "version"):
         op.drop_column("generations", column)
     for column in (
-        *("item", "choice", "outcome", "sample_id", "edit_sha256", "user_rank", "tenant_rank"),
+        *("item", "choice", "outcome", "sample_id", "edit_sha256", "propensity", "user_rank", "tenant_rank"),
         *("joined", "group_id", "released", "superseded_by", "weight", "revision"),
     ):
         op.drop_column("feedback", column)
@@ -61,20 +61,22 @@ def downgrade() -> None:
 def _add_columns() -> None:
     # Defaults are for the rows that are there already; what they hold is read out of their messages afterwards.
     nothing = sa.text("X''") if op.get_bind().dialect.name == "sqlite" else sa.text("''::bytea")
-    for column in (
+    columns: tuple[sa.Column[Any], ...] = (
         sa.Column("prompt_sha256", sa.LargeBinary(32), nullable=True),
         sa.Column("text_sha256", sa.LargeBinary(32), nullable=False, server_default=nothing),
         sa.Column("empty", sa.Boolean(), nullable=False, server_default=sa.false()),
         sa.Column("cut", sa.Boolean(), nullable=False, server_default=sa.false()),
         sa.Column("version", sa.String(128), nullable=False, server_default=""),
-    ):
+    )
+    for column in columns:
         op.add_column("generations", column)
-    for column in (
+    columns = (
         sa.Column("item", sa.LargeBinary(32), nullable=True),
         sa.Column("choice", sa.String(8), nullable=True),
         sa.Column("outcome", sa.LargeBinary(32), nullable=True),
         sa.Column("sample_id", sa.String(128), nullable=True),
         sa.Column("edit_sha256", sa.LargeBinary(32), nullable=True),
+        sa.Column("propensity", sa.Float(), nullable=True),
         sa.Column("user_rank", sa.Integer(), nullable=False, server_default="0"),
         sa.Column("tenant_rank", sa.Integer(), nullable=False, server_default="0"),
         sa.Column("joined", sa.String(32), nullable=True),
@@ -83,7 +85,8 @@ def _add_columns() -> None:
         sa.Column("superseded_by", sa.String(128), nullable=True),
         sa.Column("weight", sa.Float(), nullable=False, server_default="0"),
         sa.Column("revision", sa.Integer(), nullable=False, server_default="2"),
-    ):
+    )
+    for column in columns:
         op.add_column("feedback", column)
 
 
@@ -243,6 +246,12 @@ def _fill_feedback(connection: sa.Connection) -> None:
         if decided:
             connection.execute(sa.insert(decisions), decided)
             connection.execute(sa.insert(votes), rests)
+    connection.execute(
+        sa.text(
+            "INSERT INTO prompts (tenant, prompt_id, group_id) SELECT tenant, prompt_id, prompt_id FROM feedback"
+            " WHERE group_id IS NOT NULL GROUP BY tenant, prompt_id ORDER BY min(received_at), prompt_id"
+        )
+    )
 
 
 def _judged(body: Feedback, kind: str) -> tuple[bytes | None, str | None, bytes | None, bytes | None]:
