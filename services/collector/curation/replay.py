@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from services.collector.curation.raters import Raters
+from services.collector.curation.prompt import curate
+from services.collector.curation.raters import Raters, assess
 from services.collector.curation.settings import CurationSettings
 from services.collector.curation.votes import Decision, Overrides, Vote
 
@@ -28,4 +30,14 @@ def curate_all(
 
     `groups` maps prompt ids to their groups; a prompt that is not there is a group of its own.
     """
-    raise NotImplementedError
+    settings = settings or CurationSettings()
+    group_of = groups or {}
+    raters = assess(((group_of.get(vote.prompt_id, vote.prompt_id), vote) for vote in votes), settings, overrides)
+    by_group: dict[tuple[str, str], list[Vote]] = defaultdict(list)
+    for vote in votes:
+        by_group[vote.rater.tenant, group_of.get(vote.prompt_id, vote.prompt_id)].append(vote)
+    decisions = [
+        decision for of_group in by_group.values() for decision in curate(of_group, raters, settings, overrides)
+    ]
+    decisions.sort(key=lambda decision: decision.feedback_id)
+    return Result(raters, decisions)
