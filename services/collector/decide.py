@@ -1,9 +1,9 @@
 """Curation, live: what stands of a group of prompts is judged anew with every vote, and what changed is told.
 
-    judgements of the group ──▶ curate ──▶ states of the feedback · samples to learn from
-                                                  │ compared with what stood before
-                                                  ▼
-                          one transaction: feedback · decisions · outbox (ACCEPTED, RETRACTED)
+judgements of the group ──▶ curate ──▶ states of the feedback · samples to learn from
+                                              │ compared with what stood before
+                                              ▼
+                      one transaction: feedback · decisions · outbox (ACCEPTED, RETRACTED)
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 
 from services.collector import emit, outbox, records, standing
-from services.collector.curation import CurationSettings, Decision, Reason, State, curate
+from services.collector.curation import Decision, Reason, State, curate
 from services.collector.emit import COMPARISON, THUMB, Sample
 from services.collector.identity import derived
 from services.collector.records import Recorded
+from services.collector.rules import Rules
 from services.collector.standing import Standing
 from services.collector.tables import decision_votes, decisions, feedback, generations
 from thumbwheel.stream import topics
@@ -27,13 +28,6 @@ from thumbwheel.v1.preference_pb2 import Feedback
 
 ACCEPTED, RETRACTED = "ACCEPTED", "RETRACTED"
 RETRACTED_BY_USER = "retracted_by_user"
-
-
-class Rules(NamedTuple):
-    """By what is judged. `learn_from_cut`: a response that reached its greatest length may be an example."""
-
-    curation: CurationSettings = CurationSettings()
-    learn_from_cut: bool = False
 
 
 class _Outcome(NamedTuple):
@@ -95,10 +89,10 @@ def _samples(stood: Iterable[Standing], made: dict[str, Decision]) -> dict[str, 
     for one in stood:
         decision = made[one.vote.feedback_id]
         if decision.state == State.ACCEPTED and decision.emits:
-            id, votes = one.sample_id, (decision.feedback_id,)
+            id, votes = one.sample_id, [decision.feedback_id]
             if decision.partner:
-                id, votes = derived(decision.feedback_id, "pair", decision.partner), (*votes, decision.partner)
-            told = (decision.reason.value, decision.weight, votes, decision.chosen, decision.rejected)
+                id, votes = derived(decision.feedback_id, "pair", decision.partner), [*votes, decision.partner]
+            told = (decision.reason.value, decision.weight, tuple(votes), decision.chosen, decision.rejected)
             samples[id] = Sample(id, COMPARISON, one.vote.prompt_id, one.group, *told)
         elif decision.reason == Reason.UNPAIRED_THUMB:
             lone = (decision.reason.value, decision.weight, (decision.feedback_id,), one.vote.a.generation_id)
@@ -106,9 +100,7 @@ def _samples(stood: Iterable[Standing], made: dict[str, Decision]) -> dict[str, 
     return samples
 
 
-def _outcomes(
-    stood: Sequence[Standing], made: dict[str, Decision], samples: dict[str, Sample]
-) -> dict[str, _Outcome]:
+def _outcomes(stood: Sequence[Standing], made: dict[str, Decision], samples: dict[str, Sample]) -> dict[str, _Outcome]:
     sample_of = {id: sample.id for sample in samples.values() if sample.kind == COMPARISON for id in sample.votes}
     last: dict[tuple[str, bytes], Standing] = {}
     for one in sorted(stood, key=lambda one: one.vote.order):
@@ -251,9 +243,7 @@ def _accept(
                 "decided_at": now,
             }
         )
-        rests += [
-            {"sample_id": sample.id, "place": place, "feedback_id": id} for place, id in enumerate(sample.votes)
-        ]
+        rests += [{"sample_id": sample.id, "place": place, "feedback_id": id} for place, id in enumerate(sample.votes)]
     connection.execute(insert(decisions), rows)
     connection.execute(insert(decision_votes), rests)
     return events

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from google.protobuf.timestamp_pb2 import Timestamp
+
 from services.collector.identity import derived
 from thumbwheel.v1.events_pb2 import (
     ComparedResponse,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +21,9 @@ from uuid_utils import uuid7
 from services.collector import ledger, metrics, outbox
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
-from services.collector.ledger import Recorded
+from services.collector.ledger import Curator
 from services.collector.pause import RETRIED, Pause
+from services.collector.records import Recorded
 from services.collector.submission import check_id
 from thumbwheel import errors
 from thumbwheel.stream import aio, deadletter, topics
@@ -46,9 +46,9 @@ class Batch:
     positions: Mapping[TopicPartition, int]
     topic_ids: Mapping[str, str]
 
-    def apply(self, connection: Connection) -> list[Recorded]:
-        """Writes the batch. Returns the feedback that was joined."""
-        joined = ledger.store(connection, self.events)
+    def apply(self, connection: Connection, curator: Curator) -> list[Recorded]:
+        """Writes the batch. Returns the feedback that was joined, and what that changed."""
+        joined = ledger.store(connection, curator, self.events)
         outbox.add(connection, [outbox.Event(d.event_id, topics.DEADLETTER, d.topic, d) for d in self.dead])
         outbox.save_positions(connection, self.positions)
         outbox.save_topic_ids(connection, self.topic_ids)
@@ -59,11 +59,17 @@ class Ingest:
     """Follows the generations for ever. `committed` is called after each commit."""
 
     def __init__(
-        self, database: Database, log: Log, settings: CollectorSettings, committed: Callable[[], None]
+        self,
+        database: Database,
+        log: Log,
+        settings: CollectorSettings,
+        curator: Curator,
+        committed: Callable[[], None],
     ) -> None:
         self._database = database
         self._log = log
         self._settings = settings
+        self._curator = curator
         self._committed = committed
         self._pause = Pause(settings.max_backoff_seconds)
 
@@ -93,12 +99,11 @@ class Ingest:
         return await asyncio.to_thread(self._log.consumer, READ, group=GROUP, start=start, topic_ids=ids)
 
     async def _apply(self, batch: Batch) -> None:
-        joined = await self._database.write(batch.apply)
+        joined = await self._database.write(partial(batch.apply, curator=self._curator))
         self._committed()
         metrics.GENERATIONS.inc(len(batch.events))
         metrics.DEAD_LETTERS.inc(len(batch.dead))
-        for (kind, state), count in Counter((record.kind, record.state) for record in joined).items():
-            metrics.FEEDBACK.labels(kind, state).inc(count)
+        metrics.told(joined)
         for dead in batch.dead:
             where = {"topic": dead.topic, "partition": dead.partition, "offset": dead.offset}
             logger.warning("a record could not be used", extra={**where, "reason": dead.reason})

@@ -18,12 +18,13 @@ from typing import Any
 from sqlalchemy import Connection, Row, insert, select, update
 
 from services.collector import guide, outbox, picked, records, tallies
-from services.collector.decide import Rules, decide
+from services.collector.decide import decide
 from services.collector.groups import Groups
 from services.collector.identity import Arrival, derived
 from services.collector.join import AWAITING, Arrived, Joined, join
 from services.collector.judgement import Judgement, judgement_of
 from services.collector.records import Recorded
+from services.collector.rules import Rules
 from services.collector.submission import Submission, receipts_of
 from services.collector.tables import feedback, feedback_generations, generations, held
 from thumbwheel import errors
@@ -183,12 +184,10 @@ def _settle(
             _set(connection, id, state=records.name_of(joined.state), reason=joined.reason, joined=joined.reason)
     told = [records.recorded(row, changed=True) for row in _rows(connection, aside)]
     prompt_ids = {id: submission.prompt_id for id, submission, _ in ready}
-    outbox.add(
-        connection, [records.event_of(one, prompt_ids[one.record.feedback_id], traceparent) for one in told]
-    )
+    outbox.add(connection, [records.event_of(one, prompt_ids[one.record.feedback_id], traceparent) for one in told])
     for (tenant, group), ids in teaching.items():
         told += decide(connection, curator.rules, tenant, [group], new=ids, traceparent=traceparent)
-    return told
+    return sorted(told, key=lambda one: one.record.feedback_id)
 
 
 def _insert(connection: Connection, submission: Submission, arrival: Arrival) -> None:
@@ -273,9 +272,7 @@ def _generation(event: GenerationEvent, now: int) -> dict[str, Any]:
 
 def _arrived(connection: Connection, ids: Collection[str]) -> list[Arrived]:
     columns = [generations.c[name] for name in Arrived._fields]
-    return [
-        Arrived(*row) for row in connection.execute(select(*columns).where(generations.c.generation_id.in_(ids)))
-    ]
+    return [Arrived(*row) for row in connection.execute(select(*columns).where(generations.c.generation_id.in_(ids)))]
 
 
 def _rows(connection: Connection, ids: Collection[str]) -> Sequence[Row[Any]]:
@@ -287,9 +284,7 @@ def _rows(connection: Connection, ids: Collection[str]) -> Sequence[Row[Any]]:
 
 def _set(connection: Connection, feedback_id: str, **values: Any) -> None:
     connection.execute(
-        update(feedback)
-        .where(feedback.c.feedback_id == feedback_id)
-        .values(revision=feedback.c.revision + 1, **values)
+        update(feedback).where(feedback.c.feedback_id == feedback_id).values(revision=feedback.c.revision + 1, **values)
     )
 
 

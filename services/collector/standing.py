@@ -22,9 +22,8 @@ from services.collector.curation import (
 )
 from services.collector.tables import feedback, feedback_generations, generations, gold, raters
 
+_REASONS = {reason.value: reason for reason in Reason}
 QUARANTINED, RELEASED = "QUARANTINED", "RELEASED"
-NEWCOMER = RaterId("", "")
-"""The row of `raters` that says what a rater is taken for of whom nothing is known."""
 
 
 class Standing(NamedTuple):
@@ -88,44 +87,43 @@ def everything(connection: Connection, *, learn_from_cut: bool) -> Iterator[tupl
 
 def raters_of(connection: Connection, who: Iterable[RaterId], settings: CurationSettings) -> tuple[Raters, Overrides]:
     """What is known of these raters, and what operators said of them."""
-    by_tenant: dict[str, set[str]] = {NEWCOMER.tenant: {NEWCOMER.user_id}}
+    by_tenant: dict[str, set[str]] = {}
     for rater in who:
         by_tenant.setdefault(rater.tenant, set()).add(rater.user_id)
-    found = []
-    for tenant, users in by_tenant.items():
-        found += connection.execute(select(raters).where(raters.c.tenant == tenant, raters.c.user_id.in_(users))).all()
-    return _snapshot(found, settings)
-
-
-def snapshot(connection: Connection, settings: CurationSettings) -> tuple[Raters, Overrides]:
-    """What is known of all raters, and what operators said of them."""
-    return _snapshot(connection.execute(select(raters)).all(), settings)
-
-
-def _snapshot(rows: Iterable[Row[Any]], settings: CurationSettings) -> tuple[Raters, Overrides]:
     known: dict[RaterId, Rater] = {}
     by_hand: dict[str, set[RaterId]] = {QUARANTINED: set(), RELEASED: set()}
-    newcomer = Raters.none(settings).newcomer
-    for row in rows:
-        who = RaterId(row.tenant, row.user_id)
-        rater = Rater(
-            reliability=row.reliability,
-            weight=row.weight,
-            votes=row.votes,
-            judged=row.judged,
-            gold_judged=row.gold_judged,
-            gold_correct=row.gold_correct,
-            quarantine=Reason(row.quarantine) if row.quarantine else None,
-            bursts=tuple((start, end) for start, end in json.loads(row.bursts)),
-        )
-        if who == NEWCOMER:
-            newcomer = rater
-            continue
-        known[who] = rater
-        if row.by_hand:
-            by_hand[row.by_hand].add(who)
+    for tenant, users in by_tenant.items():
+        found = select(raters).where(raters.c.tenant == tenant, raters.c.user_id.in_(users))
+        for row in connection.execute(found):
+            known[RaterId(tenant, row.user_id)] = _rater(row)
+            if row.by_hand:
+                by_hand[row.by_hand].add(RaterId(tenant, row.user_id))
     overrides = Overrides(quarantined=frozenset(by_hand[QUARANTINED]), released=frozenset(by_hand[RELEASED]))
-    return Raters(newcomer, known), overrides
+    return Raters(Raters.none(settings).newcomer, known), overrides
+
+
+def all_raters(connection: Connection) -> tuple[dict[RaterId, Rater], Overrides]:
+    """What is known of everybody, and what operators said."""
+    known: dict[RaterId, Rater] = {}
+    by_hand: dict[str, set[RaterId]] = {QUARANTINED: set(), RELEASED: set(), "": set()}
+    for row in connection.execute(select(raters)):
+        who = RaterId(row.tenant, row.user_id)
+        known[who] = _rater(row)
+        by_hand[row.by_hand].add(who)
+    return known, Overrides(quarantined=frozenset(by_hand[QUARANTINED]), released=frozenset(by_hand[RELEASED]))
+
+
+def _rater(row: Row[Any]) -> Rater:
+    return Rater(
+        reliability=row.reliability,
+        weight=row.weight,
+        votes=row.votes,
+        judged=row.judged,
+        gold_judged=row.gold_judged,
+        gold_correct=row.gold_correct,
+        quarantine=_REASONS[row.quarantine] if row.quarantine else None,
+        bursts=tuple((start, end) for start, end in json.loads(row.bursts)),
+    )
 
 
 def _standings(rows: Iterable[Row[Any]], learn_from_cut: bool) -> Iterator[Standing]:

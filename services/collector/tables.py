@@ -156,7 +156,7 @@ raters = Table(
     "raters",
     metadata,
     Column("tenant", String(128), primary_key=True),
-    Column("user_id", String(128), primary_key=True, doc="Both empty: what a newcomer is taken for."),
+    Column("user_id", String(128), primary_key=True),
     Column("reliability", Float, nullable=False, doc="Probability of judging as the truth is."),
     Column("weight", Float, nullable=False, doc="What a vote of the rater weighs."),
     Column("votes", Integer, nullable=False),
@@ -166,6 +166,7 @@ raters = Table(
     Column("quarantine", String(32), nullable=False, doc="Why the account is quarantined; empty: it is not."),
     Column("bursts", Text, nullable=False, doc="JSON: intervals of received_at whose votes are quarantined."),
     Column("by_hand", String(16), nullable=False, doc="QUARANTINED or RELEASED by an operator; else empty."),
+    Column("stale", Boolean, nullable=False, doc="What the rater judged is yet to be curated by this row."),
     Column("updated_at", BigInteger, nullable=False),
 )
 

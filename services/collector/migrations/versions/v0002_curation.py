@@ -151,6 +151,7 @@ def _create_raters() -> None:
         sa.Column("quarantine", sa.String(32), nullable=False),
         sa.Column("bursts", sa.Text(), nullable=False),
         sa.Column("by_hand", sa.String(16), nullable=False),
+        sa.Column("stale", sa.Boolean(), nullable=False),
         sa.Column("updated_at", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("tenant", "user_id", name="pk_raters"),
     )
