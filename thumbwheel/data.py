@@ -137,6 +137,7 @@ async def _import(
 ) -> None:
     from services.collector.exchange.importing import Source, import_file
     from services.collector.exchange.report import refusals
+    from services.collector.ledger import Curator
     from services.collector.rights.tenants import Tenants
     from thumbwheel.auth import ReceiptKey
 
@@ -145,7 +146,7 @@ async def _import(
     source = Source(tenant, name, consent, key, Tenants.load(settings.tenants_path))
     async with _opened(settings) as database:
         with refusals(file) as refused, _bar(f"importing {file.name}", size, as_json) as progress:
-            done = await import_file(database, source, file, format, refused, progress)
+            done = await import_file(database, Curator(settings.rules), source, file, format, refused, progress)
     _tell(done._asdict() | {"file": str(file), "user": source.user_id}, refused, as_json)
     if done.refused and not done.imported and not done.duplicates:
         raise typer.Exit(1)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +21,9 @@ from uuid_utils import uuid7
 from services.collector import ledger, metrics, outbox
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
-from services.collector.ledger import Recorded
+from services.collector.ledger import Curator
 from services.collector.pause import RETRIED, Pause
+from services.collector.records import Recorded
 from services.collector.rights import admission
 from services.collector.rights.tenants import Tenants
 from services.collector.submission import check_id
@@ -48,9 +48,9 @@ class Batch:
     positions: Mapping[TopicPartition, int]
     topic_ids: Mapping[str, str]
 
-    def apply(self, connection: Connection, tenants: Tenants) -> list[Recorded]:
-        """Writes the batch, but what must not be kept. Returns the feedback that was joined."""
-        joined = ledger.store(connection, admission.admitted(connection, self.events, tenants))
+    def apply(self, connection: Connection, curator: Curator, tenants: Tenants) -> list[Recorded]:
+        """Writes the batch, but what must not be kept. Returns the feedback that was joined, and what that changed."""
+        joined = ledger.store(connection, curator, admission.admitted(connection, self.events, tenants))
         outbox.add(connection, [outbox.Event(d.event_id, topics.DEADLETTER, d.topic, d) for d in self.dead])
         outbox.save_positions(connection, self.positions)
         outbox.save_topic_ids(connection, self.topic_ids)
@@ -65,12 +65,14 @@ class Ingest:
         database: Database,
         log: Log,
         settings: CollectorSettings,
+        curator: Curator,
         committed: Callable[[], None],
         tenants: Tenants | None = None,
     ) -> None:
         self._database = database
         self._log = log
         self._settings = settings
+        self._curator = curator
         self._committed = committed
         self._tenants = tenants or Tenants()
         self._pause = Pause(settings.max_backoff_seconds)
@@ -101,12 +103,12 @@ class Ingest:
         return await asyncio.to_thread(self._log.consumer, READ, group=GROUP, start=start, topic_ids=ids)
 
     async def _apply(self, batch: Batch) -> None:
-        joined = await self._database.write(partial(batch.apply, tenants=self._tenants))
+        work = partial(batch.apply, curator=self._curator, tenants=self._tenants)
+        joined = await self._database.write(work)
         self._committed()
         metrics.GENERATIONS.inc(len(batch.events))
         metrics.DEAD_LETTERS.inc(len(batch.dead))
-        for (kind, state), count in Counter((record.kind, record.state) for record in joined).items():
-            metrics.FEEDBACK.labels(kind, state).inc(count)
+        metrics.told(joined)
         for dead in batch.dead:
             where = {"topic": dead.topic, "partition": dead.partition, "offset": dead.offset}
             logger.warning("a record could not be used", extra={**where, "reason": dead.reason})

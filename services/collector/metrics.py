@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter as CountBy
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from prometheus_client import REGISTRY, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
@@ -38,6 +39,24 @@ PUBLISH_REFUSED = Counter(
 )
 ERASURES = Counter("thumbwheel_collector_erasures_total", "Erasures finished: of users, and of what was too old.")
 LOSSES = Counter("thumbwheel_collector_broker_losses_total", "Times that the broker had lost what it held.")
+
+
+class Told(Protocol):
+    """Feedback that came to stand in a state."""
+
+    @property
+    def kind(self) -> str:
+        """What it is."""
+
+    @property
+    def state(self) -> str:
+        """Where it stands."""
+
+
+def told(changed: Iterable[Told]) -> None:
+    """Counts feedback that came to stand in a state."""
+    for (kind, state), count in CountBy((one.kind, one.state) for one in changed).items():
+        FEEDBACK.labels(kind, state).inc(count)
 
 
 class Levels(NamedTuple):

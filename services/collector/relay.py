@@ -29,7 +29,7 @@ from thumbwheel.stream.log import Log, LossDetector, Position, Producer, TopicPa
 
 logger = logging.getLogger(__name__)
 
-WRITTEN = (topics.FEEDBACK, topics.COMPARISONS, topics.DEADLETTER)
+WRITTEN = (topics.FEEDBACK, topics.COMPARISONS, topics.THUMBS, topics.DEADLETTER)
 BROKER_SECONDS = 5.0
 
 

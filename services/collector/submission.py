@@ -164,10 +164,10 @@ def _check_pair(a: ReceiptClaims, b: ReceiptClaims) -> None:
     fault = ""
     if a.generation_id == b.generation_id:
         fault = "is the same response as feedback.comparison.a."
-    elif a.prompt_id != b.prompt_id or a.prompt_sha256 != b.prompt_sha256:
+    elif a.prompt_sha256 != b.prompt_sha256 or (not a.prompt_sha256 and a.prompt_id != b.prompt_id):
         fault = "answers another prompt than feedback.comparison.a does."
     if fault:
-        remedy = "Compare two candidates of one request."
+        remedy = "Compare two responses to one prompt, such as two candidates of one request."
         raise errors.InvalidArgument(fault, field="feedback.comparison.b", remedy=remedy)
 
 

@@ -25,6 +25,7 @@ from services.collector.exchange import reading
 from services.collector.exchange.reading import Line
 from services.collector.exchange.report import Refusals
 from services.collector.exchange.rows import Row, Turn, Unpaired, digest
+from services.collector.ledger import Curator
 from services.collector.rights import admission
 from services.collector.rights.tenants import Tenants
 from services.collector.submission import Checker, Submission, check_id
@@ -91,7 +92,13 @@ class _Item(NamedTuple):
 
 
 async def import_file(
-    database: Database, source: Source, path: Path, name: str, refused: Refusals, progress: Progress
+    database: Database,
+    curator: Curator,
+    source: Source,
+    path: Path,
+    name: str,
+    refused: Refusals,
+    progress: Progress,
 ) -> Imported:
     """Takes a file in, in constant memory; `progress` is told of the bytes read. Safe to interrupt and to repeat.
 
@@ -102,7 +109,7 @@ async def import_file(
 
     async def commit() -> None:
         nonlocal imported, duplicates
-        outcomes = await database.write(partial(_put, source=source, batch=list(batch)))
+        outcomes = await database.write(partial(_put, curator=curator, source=source, batch=list(batch)))
         for item, outcome in zip(batch, outcomes, strict=True):
             imported += outcome == "imported"
             duplicates += outcome == "duplicate"
@@ -180,14 +187,14 @@ def _id(*names: str) -> str:
     return str(uuid.uuid5(_NAMESPACE, "\n".join(names)))
 
 
-def _put(connection: Connection, source: Source, batch: Sequence[_Item]) -> list[str]:
+def _put(connection: Connection, curator: Curator, source: Source, batch: Sequence[_Item]) -> list[str]:
     """Writes rows in one transaction. Returns "imported", "duplicate", or why a row was refused, for each."""
     arriving = [event for item in batch for event in item.generations]
-    ledger.store(connection, admission.admitted(connection, arriving, source.tenants))
+    ledger.store(connection, curator, admission.admitted(connection, arriving, source.tenants))
     outcomes = []
     for item in batch:
         try:
-            recorded = ledger.submit(connection, item.submission)
+            recorded = ledger.submit(connection, curator, item.submission)
             outcomes.append("imported" if recorded.changed else "duplicate")
         except errors.Conflict:
             outcomes.append("duplicate")  # the same row, imported under another name or without consent

@@ -56,7 +56,7 @@ class Eraser:
         Raises what `Database.write` raises. A caller who gives up waiting changes nothing: it is finished all the same,
         and asking again tells what came of it.
         """
-        await self._database.write(partial(erasure.forget, tenant=tenant, user_id=user_id))
+        await self._database.write(partial(erasure.forget, rules=self._settings.rules, tenant=tenant, user_id=user_id))
         self._committed()
         self._wake.set()
         is_finished = partial(_is_finished, subject=tombstones.user_hash(tenant, user_id))
@@ -96,7 +96,8 @@ class Eraser:
         now = now_micros()
         for tenant in await self._database.read(_tenants_there):
             before = self._tenants[tenant].expired_before(now)
-            expire = partial(erasure.expire, tenant=tenant, before=before, limit=EXPIRE_AT_ONCE)
+            rules = self._settings.rules
+            expire = partial(erasure.expire, rules=rules, tenant=tenant, before=before, limit=EXPIRE_AT_ONCE)
             while before and await self._database.write(expire) is not None:
                 self._committed()
         before = self._tenants.defaults.expired_before(now)

@@ -20,14 +20,28 @@ from sqlalchemy import ColumnElement, Connection, Select, delete, insert, select
 from uuid_utils import uuid7
 
 from services.collector import outbox
-from services.collector.join import retraction
+from services.collector.decide import decide
+from services.collector.emit import COMPARISON, THUMB, SampleEvent, retracted
 from services.collector.outbox import now_micros
 from services.collector.rights import tombstones
 from services.collector.rights.tombstones import PAGE, prompt_hash, user_hash
-from services.collector.tables import erased_samples, erasures, feedback, feedback_generations, generations
+from services.collector.rules import Rules
+from services.collector.tables import (
+    decision_votes,
+    decisions,
+    erased_samples,
+    erasures,
+    feedback,
+    feedback_generations,
+    generations,
+    prompts,
+    raters,
+    shown,
+    tallies,
+)
 from services.collector.tables import outbox as events
 from thumbwheel.stream import topics
-from thumbwheel.v1.events_pb2 import ComparisonEvent, DeadLetter, FeedbackEvent, GenerationEvent
+from thumbwheel.v1.events_pb2 import ComparisonEvent, DeadLetter, FeedbackEvent, GenerationEvent, ThumbEvent
 from thumbwheel.v1.preference_pb2 import FeedbackRecord, FeedbackState
 
 T = TypeVar("T")
@@ -53,7 +67,7 @@ class Content:
         return bool(self.feedback or self.generations)
 
 
-def forget(connection: Connection, tenant: str, user_id: str) -> str:
+def forget(connection: Connection, rules: Rules, tenant: str, user_id: str) -> str:
     """Erases all of a user: feedback, the generations they asked for, and what anyone said of those.
 
     Generations that name no user count as theirs where they judged them. Returns the erasure's id. Again, it
@@ -65,8 +79,8 @@ def forget(connection: Connection, tenant: str, user_id: str) -> str:
     judged = sorted(theirs.prompts)
     mine = [generations.c.tenant == tenant, generations.c.user_id == user_id]
     _add(theirs.generations, connection, _generations(*mine))
-    for prompts in pages(judged):
-        nobodys = [generations.c.tenant == tenant, generations.c.user_id == "", generations.c.prompt_id.in_(prompts)]
+    for some in pages(judged):
+        nobodys = [generations.c.tenant == tenant, generations.c.user_id == "", generations.c.prompt_id.in_(some)]
         _add(theirs.generations, connection, _generations(*nobodys))
     # Those whose responses have not arrived: they may come without a user's name.
     awaited = [prompt for prompt in judged if prompt not in _with_generations(connection, tenant, judged)]
@@ -75,13 +89,15 @@ def forget(connection: Connection, tenant: str, user_id: str) -> str:
     letters = _erase_dead_letters(connection, tenant, user_id)
     hashes = [user_hash(tenant, user_id), *(prompt_hash(tenant, prompt) for prompt in sorted(gone))]
     tombstones.bury(connection, hashes, erasure_id)
-    _erase(connection, erasure_id, tenant, theirs, FORGOTTEN)
+    for table in (raters, shown, tallies):
+        connection.execute(delete(table).where(table.c.tenant == tenant, table.c.user_id == user_id))
+    _erase(connection, rules, erasure_id, tenant, theirs, FORGOTTEN)
     if not theirs and not letters:
         connection.execute(update(erasures).where(erasures.c.erasure_id == erasure_id).values(finished_at=now_micros()))
     return erasure_id
 
 
-def expire(connection: Connection, tenant: str, before: int, limit: int) -> str | None:
+def expire(connection: Connection, rules: Rules, tenant: str, before: int, limit: int) -> str | None:
     """Erases content of a tenant from before a time (microseconds since the epoch), at most `limit` generations and as
     much feedback. Returns the erasure's id; None where there was nothing.
     """
@@ -98,7 +114,7 @@ def expire(connection: Connection, tenant: str, before: int, limit: int) -> str 
         return None
     erasure_id = str(uuid7())
     _begin(connection, erasure_id, tenant, None)
-    _erase(connection, erasure_id, tenant, old, EXPIRED)
+    _erase(connection, rules, erasure_id, tenant, old, EXPIRED)
     return erasure_id
 
 
@@ -134,16 +150,19 @@ def _begin(connection: Connection, erasure_id: str, tenant: str, subject: bytes 
     connection.execute(insert(erasures), row)
 
 
-def _erase(connection: Connection, erasure_id: str, tenant: str, content: Content, reason: str) -> None:
+def _erase(connection: Connection, rules: Rules, erasure_id: str, tenant: str, content: Content, reason: str) -> None:
     for ids in pages(list(content.generations)):
         about = select(feedback_generations.c.feedback_id).where(feedback_generations.c.generation_id.in_(ids))
         _add(content.feedback, connection, _feedback(feedback.c.feedback_id.in_(about)))
-    live = _erase_events(connection, content)
-    samples = {*live, *content.feedback}
-    known = _known_samples(connection, samples)
-    rows = [{"sample_id": id, "erasure_id": erasure_id} for id in sorted(samples - known)]
-    for some in pages(rows):
-        connection.execute(insert(erased_samples), some)
+    groups = _groups(connection, content)
+    live = _erase_events(connection, content, _prompts_of(connection, tenant, groups) | content.prompts)
+    _note_samples(connection, erasure_id, {*live, *content.feedback})
+    for page in pages(sorted(content.feedback)):
+        rests = select(decision_votes.c.sample_id).where(decision_votes.c.feedback_id.in_(page))
+        samples = connection.execute(rests).scalars().all()
+        for some in pages(samples):
+            connection.execute(delete(decision_votes).where(decision_votes.c.sample_id.in_(some)))
+            connection.execute(delete(decisions).where(decisions.c.sample_id.in_(some)))
     for column, gone in (
         (feedback_generations.c.feedback_id, content.feedback),
         (feedback.c.feedback_id, content.feedback),
@@ -157,14 +176,47 @@ def _erase(connection: Connection, erasure_id: str, tenant: str, content: Conten
         .values(feedback_erased=len(content.feedback), generations_erased=len(content.generations))
     )
     outbox.add(connection, _told(tenant, content, live, reason))
+    # What others said is judged again without it: who was outvoted may be right now.
+    for page in pages(sorted(groups)):
+        decide(connection, rules, tenant, page)
 
 
-def _told(tenant: str, content: Content, live: dict[str, ComparisonEvent], reason: str) -> Iterator[outbox.Event]:
+def _groups(connection: Connection, content: Content) -> set[str]:
+    """The groups of prompts that are curated together with what is to be erased."""
+    groups: set[str] = set()
+    for page in pages(sorted(content.feedback)):
+        found = select(feedback.c.group_id).where(feedback.c.feedback_id.in_(page), feedback.c.group_id.is_not(None))
+        groups.update(connection.execute(found).scalars())
+    return groups
+
+
+def _prompts_of(connection: Connection, tenant: str, groups: set[str]) -> set[str]:
+    """Every prompt of these groups: events of one may speak of another's responses."""
+    found: set[str] = set()
+    for page in pages(sorted(groups)):
+        there = select(prompts.c.prompt_id).where(prompts.c.tenant == tenant, prompts.c.group_id.in_(page))
+        found.update(connection.execute(there).scalars())
+    return found
+
+
+def _note_samples(connection: Connection, erasure_id: str, samples: set[str]) -> None:
+    known: set[str] = set()
+    for page in pages(sorted(samples)):
+        there = select(erased_samples.c.sample_id).where(erased_samples.c.sample_id.in_(page))
+        known.update(connection.execute(there).scalars())
+    rows = [{"sample_id": id, "erasure_id": erasure_id} for id in sorted(samples - known)]
+    for some in pages(rows):
+        connection.execute(insert(erased_samples), some)
+
+
+def _told(tenant: str, content: Content, live: dict[str, SampleEvent], reason: str) -> Iterator[outbox.Event]:
     """What is published in place of what was erased: retractions for the trainer, and ids for those who watch."""
     # Also for what was retracted before: that event went too, and a broker that loses everything must have one again.
     for id, event in live.items():
-        taken_back = retraction(id, event.feedback_ids[0], tenant, event.prompt_id)
-        yield outbox.Event(taken_back.event_id, topics.COMPARISONS, event.prompt_id, taken_back)
+        kind, topic = (THUMB, topics.THUMBS) if isinstance(event, ThumbEvent) else (COMPARISON, topics.COMPARISONS)
+        revision = event.revision + 1
+        taken_back = retracted(id, kind, revision, tenant, event.prompt_id, event.feedback_ids, reason)
+        yield outbox.Event(taken_back.event_id, topic, event.prompt_id, taken_back)
     for id, prompt_id in content.feedback.items():
         state = FeedbackState.FEEDBACK_STATE_RETRACTED
         record = FeedbackRecord(feedback_id=id, tenant=tenant, state=state, reason=reason)
@@ -172,12 +224,12 @@ def _told(tenant: str, content: Content, live: dict[str, ComparisonEvent], reaso
         yield outbox.Event(told.event_id, topics.FEEDBACK, prompt_id, told)
 
 
-def _erase_events(connection: Connection, content: Content) -> dict[str, ComparisonEvent]:
-    """Deletes the events that speak of the content. Returns the last event of each comparison among them."""
-    live: dict[str, ComparisonEvent] = {}
+def _erase_events(connection: Connection, content: Content, about: set[str]) -> dict[str, SampleEvent]:
+    """Deletes the events about these prompts that speak of the content. Returns the last one of each sample."""
+    live: dict[str, SampleEvent] = {}
     row = events.c
-    for prompts in pages(sorted(content.prompts)):
-        keys = [prompt.encode() for prompt in prompts]
+    for some in pages(sorted(about)):
+        keys = [prompt.encode() for prompt in some]
         found = connection.execute(select(row.id, row.schema, row.value).where(row.key.in_(keys)).order_by(row.id))
         doomed = [id for id, schema, value in found if _speaks_of(content, schema, value, live)]
         for ids in pages(doomed):
@@ -185,15 +237,21 @@ def _erase_events(connection: Connection, content: Content) -> dict[str, Compari
     return live
 
 
-def _speaks_of(content: Content, schema: str, value: bytes, live: dict[str, ComparisonEvent]) -> bool:
+def _speaks_of(content: Content, schema: str, value: bytes, live: dict[str, SampleEvent]) -> bool:
     if schema == FeedbackEvent.DESCRIPTOR.full_name:
         return FeedbackEvent.FromString(value).record.feedback_id in content.feedback
+    event: SampleEvent
     if schema == ComparisonEvent.DESCRIPTOR.full_name:
         event = ComparisonEvent.FromString(value)
-        responses = {event.chosen.generation_id, event.rejected.generation_id}
-        if responses & content.generations.keys() or content.feedback.keys() & set(event.feedback_ids):
-            live[event.comparison_id] = event
-            return True
+        id, responses = event.comparison_id, {event.chosen.generation_id, event.rejected.generation_id}
+    elif schema == ThumbEvent.DESCRIPTOR.full_name:
+        event = ThumbEvent.FromString(value)
+        id, responses = event.thumb_id, {event.response.generation_id}
+    else:
+        return False
+    if responses & content.generations.keys() or content.feedback.keys() & set(event.feedback_ids):
+        live[id] = event
+        return True
     return False
 
 
@@ -216,17 +274,9 @@ def _may_be_of(letter: DeadLetter, tenant: str, user_id: str) -> bool:
     return event.user_id == user_id and event.tenant in (tenant, "")
 
 
-def _known_samples(connection: Connection, ids: set[str]) -> set[str]:
-    known: set[str] = set()
-    for page in pages(sorted(ids)):
-        there = select(erased_samples.c.sample_id).where(erased_samples.c.sample_id.in_(page))
-        known.update(connection.execute(there).scalars())
-    return known
-
-
-def _with_generations(connection: Connection, tenant: str, prompts: Sequence[str]) -> set[str]:
+def _with_generations(connection: Connection, tenant: str, prompt_ids: Sequence[str]) -> set[str]:
     found: set[str] = set()
-    for page in pages(prompts):
+    for page in pages(prompt_ids):
         there = select(generations.c.prompt_id).where(generations.c.tenant == tenant, generations.c.prompt_id.in_(page))
         found.update(connection.execute(there).scalars())
     return found

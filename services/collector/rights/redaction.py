@@ -14,15 +14,15 @@ from google.protobuf.message import Message
 from services.collector.rights import pii
 from services.collector.rights.tenants import Tenants
 from thumbwheel import errors
-from thumbwheel.v1.events_pb2 import ComparedResponse, ComparisonEvent, DeadLetter, FeedbackEvent
+from thumbwheel.v1.events_pb2 import ComparedResponse, ComparisonEvent, DeadLetter, FeedbackEvent, ThumbEvent
 from thumbwheel.v1.policy_pb2 import Prompt
 
 Redact = Callable[[str], str]
 
 BUILTIN = "builtin"
 _TEXTS = ("text", "content")
-_TYPES: dict[str, type[FeedbackEvent | ComparisonEvent | DeadLetter]] = {
-    kind.DESCRIPTOR.full_name: kind for kind in (FeedbackEvent, ComparisonEvent, DeadLetter)
+_TYPES: dict[str, type[FeedbackEvent | ComparisonEvent | ThumbEvent | DeadLetter]] = {
+    kind.DESCRIPTOR.full_name: kind for kind in (FeedbackEvent, ComparisonEvent, ThumbEvent, DeadLetter)
 }
 
 

@@ -65,9 +65,7 @@ def refuse(connection: Connection, submission: Submission) -> None:
     user, prompt = user_hash(tenant, submission.feedback.user_id), prompt_hash(tenant, submission.prompt_id)
     there = present(connection, [user, prompt])
     if user in there:
-        raise errors.FailedPrecondition(
-            "feedback.user_id: this user was forgotten.", remedy="Give a user who comes back a new pseudonym."
-        )
+        raise _forgotten("feedback.user_id")
     # A prompt has a tombstone also where a forgotten user judged it before its responses, another user's, had arrived.
     if (
         prompt in there
@@ -80,6 +78,18 @@ def refuse(connection: Connection, submission: Submission) -> None:
         raise errors.FailedPrecondition(
             "feedback: the response it is about was erased.", remedy="Leave it; there is nothing left to judge."
         )
+
+
+def refuse_user(connection: Connection, tenant: str, user_id: str, *, field: str) -> None:
+    """Raises `errors.FailedPrecondition` for a user who was forgotten; `field` is where the user is named."""
+    if present(connection, [user_hash(tenant, user_id)]):
+        raise _forgotten(field)
+
+
+def _forgotten(field: str) -> errors.FailedPrecondition:
+    return errors.FailedPrecondition(
+        f"{field}: this user was forgotten.", remedy="Give a user who comes back a new pseudonym."
+    )
 
 
 def _hash(kind: str, tenant: str, id: str) -> bytes:

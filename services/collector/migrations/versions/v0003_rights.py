@@ -8,7 +8,7 @@ from alembic import op
 from thumbwheel.v1.events_pb2 import GenerationEvent
 
 revision = "0003"
-down_revision = "0001"
+down_revision = "0002"
 branch_labels = None
 depends_on = None
 
@@ -16,6 +16,7 @@ depends_on = None
 def upgrade() -> None:
     """Goes to this version."""
     op.add_column("generations", sa.Column("user_id", sa.String(128), nullable=False, server_default=""))
+    op.add_column("generations", sa.Column("consent", sa.Boolean(), nullable=False, server_default=sa.true()))
     _fill_in_users(op.get_bind())
     op.create_index("ix_generations_tenant_user_id", "generations", ["tenant", "user_id"])
     op.add_column("feedback", sa.Column("consent", sa.Boolean(), nullable=False, server_default=sa.true()))
@@ -66,6 +67,7 @@ def downgrade() -> None:
     op.drop_index("ix_outbox_key", "outbox")
     op.drop_column("feedback", "consent")
     op.drop_index("ix_generations_tenant_user_id", "generations")
+    op.drop_column("generations", "consent")
     op.drop_column("generations", "user_id")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,8 @@ from uuid_utils import uuid7
 from services.collector import ledger
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
-from services.collector.ledger import Recorded
+from services.collector.ledger import Curator
+from services.collector.records import Recorded
 from services.collector.submission import Checker
 from thumbwheel.auth import ReceiptKey, create_keys
 from thumbwheel.stream.log import Record
@@ -39,6 +41,25 @@ TIE = Preference.PREFERENCE_TIE
 BOTH_BAD = Preference.PREFERENCE_BOTH_BAD
 
 T = TypeVar("T")
+
+
+_curators: weakref.WeakKeyDictionary[Database, Curator] = weakref.WeakKeyDictionary()
+
+
+def curator_of(database: Database) -> Curator:
+    """The one curator that a database has while it is open."""
+    return _curators.setdefault(database, Curator())
+
+
+async def store(database: Database, *events: GenerationEvent) -> list[Recorded]:
+    """Stores generations, as ingest does."""
+    return await database.write(partial(ledger.store, curator=curator_of(database), events=events))
+
+
+async def retract(database: Database, feedback_id: str, user: str = "ann", tenant: str = "default") -> Recorded:
+    """Takes back, as the service does."""
+    work = partial(ledger.retract, curator=curator_of(database), feedback_id=feedback_id)
+    return await database.write(partial(work, user_id=user, tenant=tenant))
 
 
 def new_id() -> str:
@@ -107,12 +128,7 @@ class Deployment:
     async def submit(self, database: Database, feedback: Feedback) -> Recorded:
         """Checks and records, as the service does."""
         submission = Checker(self.key, 1_000).check(feedback, tenant=self.tenant)
-        return await database.write(lambda connection: ledger.submit(connection, submission))
-
-    async def retract(self, database: Database, feedback_id: str, user: str = "ann") -> Recorded:
-        """Takes feedback back, as the service does."""
-        work = partial(ledger.retract, feedback_id=feedback_id, user_id=user, tenant=self.tenant)
-        return await database.write(work)
+        return await database.write(partial(ledger.submit, curator=curator_of(database), submission=submission))
 
 
 def comparison(
@@ -122,9 +138,11 @@ def comparison(
     return Feedback(idempotency_key=key or new_id(), user_id=user, comparison=vote)
 
 
-def thumb(event: GenerationEvent, *, key: str = "", user: str = "ann") -> Feedback:
-    up = Thumb(receipt=event.generation.receipt, value=ThumbValue.THUMB_VALUE_UP)
-    return Feedback(idempotency_key=key or new_id(), user_id=user, thumb=up)
+def thumb(event: GenerationEvent, *, up: bool = True, key: str = "", user: str = "ann") -> Feedback:
+    value = ThumbValue.THUMB_VALUE_UP if up else ThumbValue.THUMB_VALUE_DOWN
+    return Feedback(
+        idempotency_key=key or new_id(), user_id=user, thumb=Thumb(receipt=event.generation.receipt, value=value)
+    )
 
 
 def edit(event: GenerationEvent, text: str, *, key: str = "", user: str = "ann") -> Feedback:
