@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -126,7 +127,7 @@ async def _export(file: Path, format: str, tenant: str, settings: CollectorSetti
 
     redact = Redaction(Tenants.load(settings.tenants_path)).of(tenant)
     async with _opened(settings) as database:
-        total = await database.read(exporting.size)
+        total = await database.read(partial(exporting.size, name=format))
         with refusals(file) as refused, _bar(f"exporting to {file.name}", total, as_json) as progress:
             done = await exporting.export_file(database, tenant, file, format, redact, refused, progress)
     _tell(done._asdict() | {"file": str(file), "format": format}, refused, as_json)

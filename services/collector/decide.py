@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 
 from services.collector import emit, outbox, records, standing
-from services.collector.curation import Decision, Reason, State, curate
+from services.collector.curation import Decision, Reason, State, Vote, curate
 from services.collector.emit import COMPARISON, THUMB, Sample
 from services.collector.identity import derived
 from services.collector.records import Recorded
@@ -102,9 +102,7 @@ def _samples(stood: Iterable[Standing], made: dict[str, Decision]) -> dict[str, 
 
 def _outcomes(stood: Sequence[Standing], made: dict[str, Decision], samples: dict[str, Sample]) -> dict[str, _Outcome]:
     sample_of = {id: sample.id for sample in samples.values() if sample.kind == COMPARISON for id in sample.votes}
-    last: dict[tuple[str, bytes], Standing] = {}
-    for one in sorted(stood, key=lambda one: one.vote.order):
-        last[one.vote.rater.user_id, one.item] = one
+    last = {_judged(vote): vote for vote in sorted((one.vote for one in stood), key=lambda vote: vote.order)}
     outcomes = {}
     for one in stood:
         id = one.vote.feedback_id
@@ -115,9 +113,16 @@ def _outcomes(stood: Sequence[Standing], made: dict[str, Decision], samples: dic
             reason=decision.reason.value,
             weight=decision.weight,
             comparison_id=sample_of.get(id, one.comparison_id),
-            superseded_by=last[one.vote.rater.user_id, one.item].vote.feedback_id if superseded else "",
+            superseded_by=last[_judged(one.vote)].feedback_id if superseded else "",
         )
     return outcomes
+
+
+def _judged(vote: Vote) -> tuple[str, str, frozenset[bytes]]:
+    """Who judged what. Responses of one text are one response."""
+    texts = {vote.a.sha256} if vote.b is None else {vote.b.sha256} if vote.edit else {vote.a.sha256, vote.b.sha256}
+    kind = "thumb" if vote.b is None else "edit" if vote.edit else "comparison"
+    return vote.rater.user_id, kind, frozenset(texts)
 
 
 def _put_feedback(

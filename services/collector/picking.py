@@ -49,7 +49,12 @@ def eligible(connection: Connection, tenant: str, user_id: str, window: int) -> 
     names = ("generation_id", "prompt_sha256", "text_sha256", "version")
     newest = (
         select(*(generations.c[name] for name in names))
-        .where(generations.c.tenant == tenant, generations.c.prompt_sha256.is_not(None), generations.c.empty.is_(False), generations.c.consent)
+        .where(
+            generations.c.tenant == tenant,
+            generations.c.prompt_sha256.is_not(None),
+            generations.c.empty.is_(False),
+            generations.c.consent,
+        )
         .order_by(generations.c.stored_at.desc(), generations.c.generation_id.desc())
         .limit(window)
     )

@@ -95,8 +95,16 @@ def put(connection: Connection, changed: Mapping[RaterId, Rater]) -> None:
             connection.execute(insert(raters), {**first, **values, "updated_at": now_micros()})
 
 
-def set_by_hand(connection: Connection, who: RaterId, state: str, newcomer: Rater) -> None:
-    """An operator quarantines or releases a rater; an empty state leaves it to the assessment again."""
+async def quarantine(database: Database, rules: Rules, who: RaterId, state: str, committed: Callable[[], None]) -> None:
+    """An operator quarantines or releases a rater (`standing.QUARANTINED`, `standing.RELEASED`); an empty state leaves
+    the rater to the assessment again. What the rater judged is curated anew.
+    """
+    newcomer = Raters.none(rules.curation).newcomer
+    await database.write(partial(_by_hand, who=who, state=state, newcomer=newcomer))
+    await curate_stale(database, rules, committed)
+
+
+def _by_hand(connection: Connection, who: RaterId, state: str, newcomer: Rater) -> None:
     if not _update(connection, who, {"by_hand": state}):
         put(connection, {who: newcomer})
         _update(connection, who, {"by_hand": state})

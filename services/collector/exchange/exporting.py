@@ -18,16 +18,18 @@ from sqlalchemy import Connection, func, select
 
 from services.collector import tables
 from services.collector.database import Database
+from services.collector.emit import SampleEvent
 from services.collector.exchange import formats
 from services.collector.exchange.report import Refusals
-from services.collector.exchange.rows import Paired, Role, Row, RowError, Turn, checked_prompt
+from services.collector.exchange.rows import Paired, Role, Row, RowError, Turn, Unpaired, checked_prompt
 from services.collector.outbox import now_micros
 from services.collector.rights import copies
 from services.collector.rights.redaction import Redact, redact_message
 from thumbwheel import errors, files
 from thumbwheel.stream import topics
 from thumbwheel.v1 import policy_pb2 as policy_pb
-from thumbwheel.v1.events_pb2 import ComparisonEvent, ComparisonState
+from thumbwheel.v1.events_pb2 import ComparisonEvent, ComparisonState, ThumbEvent
+from thumbwheel.v1.preference_pb2 import ThumbValue
 
 PAGE = 200
 _ROLES: dict[int, Role] = {
@@ -70,7 +72,7 @@ async def export_file(
             part.open("wb") as out,
             copies.held(out),
         ):
-            async for sample, event in _accepted(database, tenant, progress):
+            async for sample, event in _accepted(database, tenant, _source(name), progress):
                 try:
                     if redact is not None:
                         redact_message(event, redact)
@@ -102,15 +104,22 @@ def _require_absent(path: Path) -> None:
         raise errors.FailedPrecondition(f"{path} is there already.", remedy="Remove it, or name another file.")
 
 
-def size(connection: Connection) -> int:
-    """How many events there are to look at: the end of the progress."""
-    count = select(func.count()).select_from(tables.outbox).where(tables.outbox.c.topic == topics.COMPARISONS)
+def size(connection: Connection, name: str) -> int:
+    """How many events there are to look at for a format: the end of the progress."""
+    count = select(func.count()).select_from(tables.outbox).where(tables.outbox.c.topic == _source(name))
     return int(connection.execute(count).scalar_one())
 
 
-def row_of(event: ComparisonEvent) -> Row:
-    """The row that a comparison is. Raises `RowError`."""
+def row_of(event: SampleEvent) -> Row:
+    """The row that a sample is. Raises `RowError`."""
+    if isinstance(event, ThumbEvent):
+        return Unpaired(_turns(event.prompt), event.response.text, event.value == ThumbValue.THUMB_VALUE_UP)
     return Paired(_turns(event.prompt), event.chosen.text, event.rejected.text)
+
+
+def _source(name: str) -> str:
+    """The topic whose events a format has rows of: thumbs that were paired are comparisons."""
+    return topics.COMPARISONS if formats.FORMATS[name].paired else topics.THUMBS
 
 
 def _turns(prompt: policy_pb.Prompt) -> tuple[Turn, ...]:
@@ -131,16 +140,18 @@ def _write(index: IO[bytes], out: IO[bytes], sample: str, line: bytes) -> None:
     out.write(line + b"\n")
 
 
-async def _accepted(database: Database, tenant: str, progress: Progress) -> AsyncIterator[tuple[str, ComparisonEvent]]:
-    """The last acceptance of every comparison that stands, in the order in which they were published."""
+async def _accepted(
+    database: Database, tenant: str, topic: str, progress: Progress
+) -> AsyncIterator[tuple[str, SampleEvent]]:
+    """The last acceptance of every sample that stands, in the order in which they were published."""
     last, after, seen = await database.read(_end), 0, 0
     while True:
-        page, stands = await database.read(partial(_page, after=after, last=last))
+        page, stands = await database.read(partial(_page, topic=topic, after=after, last=last))
         if not page:
             return
-        for id, event in page:
-            if event.tenant == tenant and stands.get(event.comparison_id) == id:
-                yield event.comparison_id, event
+        for number, event in page:
+            if event.tenant == tenant and stands.get(_id(event)) == number:
+                yield _id(event), event
         after, seen = page[-1][0], seen + len(page)
         progress(seen)
 
@@ -149,30 +160,38 @@ def _end(connection: Connection) -> int:
     return connection.execute(select(func.max(tables.outbox.c.id))).scalar_one() or 0
 
 
-def _page(connection: Connection, after: int, last: int) -> tuple[list[tuple[int, ComparisonEvent]], dict[str, int]]:
-    """Comparisons published after a row, and, for each that stands, the row with its last acceptance."""
+def _page(
+    connection: Connection, topic: str, after: int, last: int
+) -> tuple[list[tuple[int, SampleEvent]], dict[str, int]]:
+    """Samples published after a row, and, for each that stands, the row with its last acceptance."""
     row = tables.outbox.c
     rows = connection.execute(
         select(row.id, row.key, row.value)
-        .where(row.topic == topics.COMPARISONS, row.id > after, row.id <= last)
+        .where(row.topic == topic, row.id > after, row.id <= last)
         .order_by(row.id)
         .limit(PAGE)
     ).all()
-    page = [(id, ComparisonEvent.FromString(value)) for id, _, value in rows]
+    page = [(number, _decoded(topic, value)) for number, _, value in rows]
     keys: Sequence[bytes] = sorted({key for _, key, _ in rows})
     history = connection.execute(
-        select(row.id, row.value)
-        .where(row.topic == topics.COMPARISONS, row.key.in_(keys), row.id <= last)
-        .order_by(row.id)
+        select(row.id, row.value).where(row.topic == topic, row.key.in_(keys), row.id <= last).order_by(row.id)
     )
     stands: dict[str, int] = {}
-    for id, value in history:
-        event = ComparisonEvent.FromString(value)
+    for number, value in history:
+        event = _decoded(topic, value)
         if event.state == ComparisonState.COMPARISON_STATE_ACCEPTED:
-            stands[event.comparison_id] = id
+            stands[_id(event)] = number
         else:
-            stands.pop(event.comparison_id, None)
+            stands.pop(_id(event), None)
     return page, stands
+
+
+def _decoded(topic: str, value: bytes) -> SampleEvent:
+    return ThumbEvent.FromString(value) if topic == topics.THUMBS else ComparisonEvent.FromString(value)
+
+
+def _id(event: SampleEvent) -> str:
+    return event.thumb_id if isinstance(event, ThumbEvent) else event.comparison_id
 
 
 def _erased_since(connection: Connection, started: int) -> set[str]:

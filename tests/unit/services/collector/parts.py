@@ -87,9 +87,12 @@ class Deployment:
         create_keys(home / "keys")
         return cls(ReceiptKey.load(home / "keys"))
 
-    def generation(self, text: str = "Paris.", prompt_id: str = "", words: str = "Capital?") -> GenerationEvent:
+    def generation(self, text: str = "Paris.", prompt_id: str = "", words: str = "") -> GenerationEvent:
         """A response as the policy serves and publishes it, one token a character."""
         prompt_id = prompt_id or new_id()
+        digest = hashlib.sha256(prompt_id.encode()).hexdigest()
+        # As unlike others as people's questions are.
+        words = words or " ".join(digest[i : i + 6] for i in range(0, 48, 6)) + "?"
         generation_id = new_id()
         tokens = [ord(character) % 32_000 for character in text]
         return GenerationEvent(

@@ -19,6 +19,7 @@ from services.collector.exchange.report import refusals
 from services.collector.rights import copies, erasure, pii
 from services.collector.rights.redaction import Redact
 from services.collector.rights.tenants import TenantRules, Tenants
+from services.collector.rules import Rules
 from tests.unit.services.collector import parts
 from tests.unit.services.collector.parts import Deployment
 from tests.unit.services.collector.rights.test_rights_forget import arrive, forget
@@ -60,7 +61,7 @@ async def take_in(
 ) -> tuple[Imported, list[dict[str, object]]]:
     source = Source(deployment.tenant, "set", False, deployment.key, tenants or Tenants())
     with refusals(path) as refused:
-        done = await import_file(database, source, path, name, refused, lambda _: None)
+        done = await import_file(database, parts.curator_of(database), source, path, name, refused, lambda _: None)
     report = refused.path.read_text().splitlines() if refused.path.exists() else []
     return done, [json.loads(line) for line in report]
 
@@ -136,7 +137,7 @@ async def test_an_export_holds_what_stands(database: Database, deployment: Deplo
     await deployment.submit(database, parts.comparison(*kept))
     taken_back = await deployment.submit(database, parts.comparison(*gone))
     await deployment.submit(database, parts.edit(edited, "better e"))
-    await deployment.retract(database, taken_back.record.feedback_id)
+    await parts.retract(database, taken_back.record.feedback_id)
     _, rows = await write_out(database, tmp_path / "out.jsonl", "trl")
     assert [(row["chosen"], row["rejected"]) for row in rows] == [("a", "b"), ("better e", "e")]
     index = [line.split() for line in copies.index_of(tmp_path / "out.jsonl").read_text().splitlines()]
@@ -149,6 +150,17 @@ async def test_an_export_holds_what_stands(database: Database, deployment: Deplo
         await write_out(database, tmp_path / "no" / "out.jsonl", "trl")
 
 
+async def test_thumbs_come_and_go_as_unpaired_rows(database: Database, deployment: Deployment, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Question {i}?", "completion": f"Answer {i}.", "label": i % 2 == 0} for i in range(4)]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert (await take_in(database, deployment, path))[0] == Imported(4, 0, 0)
+    done, written = await write_out(database, tmp_path / "out.jsonl", "trl-unpaired")
+    assert done == Exported(4, 0)
+    assert sorted(written, key=lambda row: str(row["prompt"])) == rows
+    assert (await write_out(database, tmp_path / "pairs.jsonl", "trl"))[0] == Exported(0, 0)
+
+
 async def test_an_export_is_redacted_and_names_what_it_leaves_out(
     database: Database, deployment: Deployment, tmp_path: Path
 ) -> None:
@@ -158,7 +170,7 @@ async def test_an_export_is_redacted_and_names_what_it_leaves_out(
         await deployment.submit(database, parts.comparison(*pair))
     done, rows = await write_out(database, tmp_path / "out.jsonl", "hh", redact=pii.redact)
     assert done == Exported(1, 1)
-    assert rows[0]["chosen"] == "\n\nHuman: Capital?\n\nAssistant: [email]"
+    assert str(rows[0]["chosen"]).endswith("?\n\nAssistant: [email]")
     [refused] = (tmp_path / "out.jsonl.refused.jsonl").read_text().splitlines()
     assert json.loads(refused)["reason"] == "a turn holds what marks the beginning of a turn"
 
@@ -191,7 +203,7 @@ async def test_what_is_forgotten_while_an_export_is_written_is_not_in_it(
         database._queue  # noqa: B018
         connection = database._engine.connect()
         with connection.begin():
-            erasure.forget(connection, tenant="default", user_id="ann")
+            erasure.forget(connection, Rules(), tenant="default", user_id="ann")
         connection.close()
         with pytest.raises(errors.Unavailable, match="is being written"):
             copies.scrub(path, {"x"})
@@ -222,7 +234,9 @@ async def test_consent_is_asked_for_first(database: Database, deployment: Deploy
         await take_in(database, deployment, path, tenants=strict)
     source = Source("default", "set", True, deployment.key, strict)
     with refusals(path) as refused:
-        assert await import_file(database, source, path, "auto", refused, lambda _: None) == Imported(1, 0, 0)
+        assert await import_file(
+            database, parts.curator_of(database), source, path, "auto", refused, lambda _: None
+        ) == Imported(1, 0, 0)
     assert (await write_out(database, tmp_path / "out.jsonl", "hh"))[0] == Exported(1, 0)
 
 

@@ -20,6 +20,7 @@ from services.collector.rights import eraser as erasers
 from services.collector.rights.eraser import Eraser
 from services.collector.rights.lineage import SAMPLES
 from services.collector.rights.tenants import TenantRules, Tenants
+from services.collector.rules import Rules
 from tests.unit.services.collector import parts
 from tests.unit.services.collector.parts import TIE, Deployment
 from thumbwheel import errors, files
@@ -48,7 +49,8 @@ async def forget(database: Database, settings: CollectorSettings, user: str, ten
 
 
 async def arrive(database: Database, *events: GenerationEvent) -> None:
-    await database.write(lambda c: ledger.store(c, admission.admitted(c, events, Tenants())))
+    curator = parts.curator_of(database)
+    await database.write(lambda c: ledger.store(c, curator, admission.admitted(c, events, Tenants())))
 
 
 def found_in(home: Path, secrets: Iterable[str]) -> set[tuple[str, str]]:
@@ -185,7 +187,7 @@ async def test_killed_between_commit_and_vacuum(
     mine = asked_by(deployment, "ann", "unvacuumed")
     await arrive(database, mine)
     await database.maintain(lambda c: c.execute("PRAGMA secure_delete=OFF").close())
-    await database.write(partial(erasure.forget, tenant="default", user_id="ann"))
+    await database.write(partial(erasure.forget, rules=Rules(), tenant="default", user_id="ann"))
     database.close()
     assert found_in(settings.home, ["response-unvacuumed"]), "deleted, and still on the disk"
     again = Database(settings.database_url)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.collector import ledger, outbox
+from services.collector import outbox
 from services.collector.database import Database
 from services.collector.relay import Relay
 from services.collector.rights import pii
@@ -141,13 +140,13 @@ async def test_the_relay_publishes_nothing_unredacted(
 ) -> None:
     mine = Deployment(deployment.key, "clinic")
     a, b = mine.pair("I write to ada@example.com.", "No.")
-    await database.write(partial(ledger.store, events=[a, b]))
+    await parts.store(database, a, b)
     await mine.submit(database, parts.comparison(a, b))
     await mine.submit(database, parts.comment(a, "call +49 30 1234567"))
     tokens = GenerationEvent()
     tokens.CopyFrom(mine.generation("x"))
     tokens.prompt.CopyFrom(Prompt(tokens=TokenIds(ids=[1])))
-    await database.write(partial(ledger.store, events=[tokens]))
+    await parts.store(database, tokens)
     await mine.submit(database, parts.edit(tokens, "better"))
     relay = Relay(database, log, parts.settings(tmp_path), Redaction(tenants("builtin")))
     task = asyncio.create_task(relay.run())

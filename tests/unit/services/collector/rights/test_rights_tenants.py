@@ -97,19 +97,21 @@ async def test_without_consent_nothing_is_learnt(
     if rater is not None:
         vote.consent = rater
 
+    curator = parts.curator_of(database)
+
     async def arrive() -> None:
-        await database.write(lambda c: ledger.store(c, admission.admitted(c, pair, REQUIRED)))
+        await database.write(lambda c: ledger.store(c, curator, admission.admitted(c, pair, REQUIRED)))
 
     if not held:
         await arrive()
     submission = Checker(mine.key, 1_000, REQUIRED).check(vote, tenant=tenant)
-    recorded = await database.write(partial(ledger.submit, submission=submission))
+    recorded = await database.write(partial(ledger.submit, curator=curator, submission=submission))
     if held:
         await arrive()
     find = partial(ledger.find, feedback_ids=[recorded.record.feedback_id], tenant=tenant)
     [record] = await database.read(find)
     state = FeedbackState.FEEDBACK_STATE_ACCEPTED if learnt else FeedbackState.FEEDBACK_STATE_APART
-    assert (record.state, record.reason) == (state, "" if learnt else "no_consent")
+    assert (record.state, record.reason) == (state, "preferred" if learnt else "no_consent")
     told = await database.read(lambda c: c.exec_driver_sql("select topic from outbox").scalars().all())
     assert ("thumbwheel.comparisons.v1" in told) is learnt
 
