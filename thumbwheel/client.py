@@ -102,11 +102,16 @@ class AsyncClient:
         collector: str = "127.0.0.1:50053",
         tenant: str = DEFAULT_TENANT,
         timeout: float = 120.0,
+        consent: bool | None = None,
     ) -> None:
-        """Addresses are "host:port"; `timeout` is the deadline of every call, in seconds."""
+        """Addresses are "host:port"; `timeout` is the deadline of every call, in seconds.
+
+        `consent` says of everything sent whether its user agrees that it is learnt from; None: they were not asked.
+        """
         self._channels = [
             grpc.aio.insecure_channel(address, options=_OPTIONS) for address in (policy, reward, collector)
         ]
+        self._consent = consent
         self._policy = PolicyServiceStub(self._channels[0])
         self._reward = RewardServiceStub(self._channels[1])
         self._collector = PreferenceServiceStub(self._channels[2])
@@ -129,7 +134,9 @@ class AsyncClient:
         self, prompt: PromptLike, *, sampling: policy_pb.SamplingParams | None = None, user_id: str = ""
     ) -> policy_pb.Generation:
         """One response."""
-        request = policy_pb.GenerateRequest(prompt=to_prompt(prompt), sampling=sampling, user_id=user_id)
+        request = policy_pb.GenerateRequest(
+            prompt=to_prompt(prompt), sampling=sampling, user_id=user_id, consent=self._consent
+        )
         with _translated():
             return (await self._policy.Generate(request, **self._call)).generation
 
@@ -137,7 +144,9 @@ class AsyncClient:
         self, prompt: PromptLike, *, sampling: policy_pb.SamplingParams | None = None, user_id: str = ""
     ) -> AsyncIterator[policy_pb.GenerationDelta | policy_pb.Generation]:
         """One response in pieces, then whole. Leaving the loop early cancels the request."""
-        request = policy_pb.GenerateStreamRequest(prompt=to_prompt(prompt), sampling=sampling, user_id=user_id)
+        request = policy_pb.GenerateStreamRequest(
+            prompt=to_prompt(prompt), sampling=sampling, user_id=user_id, consent=self._consent
+        )
         call = self._policy.GenerateStream(request, **self._call)
         try:
             with _translated():
@@ -150,7 +159,9 @@ class AsyncClient:
         self, prompt: PromptLike, *, n: int = 2, sampling: policy_pb.SamplingParams | None = None, user_id: str = ""
     ) -> policy_pb.GenerateCandidatesResponse:
         """`n` responses to one prompt, to be compared."""
-        request = policy_pb.GenerateCandidatesRequest(prompt=to_prompt(prompt), sampling=sampling, n=n, user_id=user_id)
+        request = policy_pb.GenerateCandidatesRequest(
+            prompt=to_prompt(prompt), sampling=sampling, n=n, user_id=user_id, consent=self._consent
+        )
         with _translated():
             return await self._policy.GenerateCandidates(request, **self._call)
 
@@ -224,6 +235,8 @@ class AsyncClient:
         """Any feedback; gives it an idempotency key if it has none, so that a retry is not counted twice."""
         if not feedback.idempotency_key:
             feedback.idempotency_key = str(uuid_utils.uuid7())
+        if self._consent is not None and not feedback.HasField("consent"):
+            feedback.consent = self._consent
         request = preference_pb.SubmitFeedbackRequest(feedback=feedback)
         with _translated():
             return await self._collector.SubmitFeedback(request, **self._call)

@@ -99,7 +99,7 @@ def _settings(home: Path | None, database: str | None, tenants: Path | None) -> 
 async def _opened(settings: CollectorSettings) -> AsyncIterator[Database]:
     from services.collector.database import Database
 
-    database = await asyncio.to_thread(Database, settings.database_url)
+    database = await asyncio.to_thread(Database, settings.database_url, timeout=DATABASE_SECONDS)
     try:
         yield database
     finally:
@@ -186,6 +186,8 @@ async def _forget(user: str, tenant: str, home: Path | None, as_json: bool) -> N
 
 
 FORGET_SECONDS = 660.0
+DATABASE_SECONDS = 120.0
+"""A collector that runs may have the database for a while: it goes first."""
 
 
 def _tell(done: dict[str, Any], refused: Refusals, as_json: bool) -> None:

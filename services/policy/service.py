@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc.aio
 import uuid_utils
@@ -23,6 +23,7 @@ from thumbwheel.v1.events_pb2 import GenerationEvent
 from thumbwheel.v1.policy_pb2_grpc import PolicyServiceServicer
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_Request: TypeAlias = pb.GenerateRequest | pb.GenerateStreamRequest | pb.GenerateCandidatesRequest
 
 TOKENS = Counter("thumbwheel_policy_tokens_total", "Tokens, by kind.", ["kind"])
 FIRST_TOKEN = Histogram(
@@ -54,6 +55,7 @@ class _Asked:
     prompt_id: str
     prompt_ids: Sequence[int]
     params: pb.SamplingParams
+    consent: bool | None
     candidate_count: int = 1
 
 
@@ -68,14 +70,14 @@ class PolicyService(PolicyServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         """One response, whole."""
-        asked = self._check(request.prompt, request.sampling, request.user_id, context)
+        asked = self._check(request, context)
         return pb.GenerateResponse(generation=await self._whole(asked, 0))
 
     async def GenerateStream(
         self, request: pb.GenerateStreamRequest, context: Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         """One response, in pieces."""
-        asked = self._check(request.prompt, request.sampling, request.user_id, context)
+        asked = self._check(request, context)
         started: float | None = asyncio.get_running_loop().time()
         async for piece in self._pieces(asked, 0, stream=True):
             if started is not None:
@@ -92,7 +94,7 @@ class PolicyService(PolicyServiceServicer):
         """Several responses to one prompt; they run together and share the prompt's KV cache."""
         if not 2 <= request.n <= MAX_CANDIDATES:
             raise errors.InvalidArgument(f"is {request.n}; it must be from 2 to {MAX_CANDIDATES}.", field="n")
-        asked = self._check(request.prompt, request.sampling, request.user_id, context, count=request.n)
+        asked = self._check(request, context, count=request.n)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._whole(asked, index)) for index in range(request.n)]
         return pb.GenerateCandidatesResponse(prompt_id=asked.prompt_id, candidates=[task.result() for task in tasks])
@@ -108,9 +110,8 @@ class PolicyService(PolicyServiceServicer):
             requests_in_flight=self._in_flight,
         )
 
-    def _check(
-        self, prompt: pb.Prompt, given: pb.SamplingParams, user_id: str, context: Context, *, count: int = 1
-    ) -> _Asked:
+    def _check(self, request: _Request, context: Context, *, count: int = 1) -> _Asked:
+        prompt, given, user_id = request.prompt, request.sampling, request.user_id
         if self._in_flight + count > self._limits.max_in_flight:
             raise errors.ResourceExhausted(
                 f"{self._in_flight} requests are in flight, the most allowed.", retry_after=1.0
@@ -140,6 +141,7 @@ class PolicyService(PolicyServiceServicer):
             prompt_id=str(uuid_utils.uuid7()),
             prompt_ids=ids,
             params=params,
+            consent=request.consent if request.HasField("consent") else None,
             candidate_count=count,
         )
 
@@ -209,6 +211,7 @@ class PolicyService(PolicyServiceServicer):
                 candidate_index=index,
                 candidate_count=asked.candidate_count,
                 finished_at=claims.issued_at,
+                consent=asked.consent,
             )
         )
 

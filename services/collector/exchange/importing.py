@@ -43,7 +43,7 @@ from thumbwheel.v1.policy_pb2 import (
 )
 from thumbwheel.v1.preference_pb2 import Comparison, Feedback, Preference, Thumb, ThumbValue
 
-ROWS_A_COMMIT = 200
+ROWS_A_COMMIT = 100
 _NAMESPACE = uuid.UUID("6f0c8f2e-6a53-5a36-9d0e-2f9f3f4f7c11")
 _ROLES = {"system": Role.ROLE_SYSTEM, "user": Role.ROLE_USER, "assistant": Role.ROLE_ASSISTANT}
 
