@@ -81,7 +81,7 @@ def arguments(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("no_noise")
-@pytest.mark.parametrize("name", ["trl", "trl-chat", "openrlhf"])
+@pytest.mark.parametrize("name", ["trl", "trl-chat", "hh", "openrlhf"])
 async def test_dpo_trainer_takes_it(exported: Any, model: Path, tmp_path: Path, name: str) -> None:
     import datasets
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -101,7 +101,7 @@ async def test_dpo_trainer_takes_it(exported: Any, model: Path, tmp_path: Path, 
 
 
 @pytest.mark.usefixtures("no_noise")
-@pytest.mark.parametrize("name", ["trl", "trl-chat", "openrlhf"])
+@pytest.mark.parametrize("name", ["trl", "trl-chat", "hh", "openrlhf"])
 async def test_reward_trainer_takes_it(exported: Any, model: Path, tmp_path: Path, name: str) -> None:
     import datasets
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
