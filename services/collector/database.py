@@ -72,6 +72,11 @@ class Database:
         self._writer = threading.Thread(target=self._write_forever, name="database-writer", daemon=True)
         self._writer.start()
 
+    @property
+    def dialect(self) -> str:
+        """Which database it is: sqlite or postgresql."""
+        return self._engine.dialect.name
+
     async def write(self, work: Work[T]) -> T:
         """Runs `work` in the next transaction and returns what it returned, once that is durable.
 
@@ -201,15 +206,21 @@ def _engine(url: str) -> tuple[URL, Engine]:
         ) from error
 
 
-def migrate(connection: Connection) -> None:
-    """Brings the schema to the newest version, in one transaction. Raises `errors.FailedPrecondition`."""
+def migrate(connection: Connection, *, down_to: str = "") -> None:
+    """Brings the schema to the newest version, or back to an older one, in one transaction; "base" is an empty one.
+
+    Raises `errors.FailedPrecondition`.
+    """
     config = Config()
     config.set_main_option("script_location", _MIGRATIONS.as_posix().replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     try:
         with connection.begin():
-            alembic.command.upgrade(config, "head")
+            if down_to:
+                alembic.command.downgrade(config, down_to)
+            else:
+                alembic.command.upgrade(config, "head")
     except CommandError as error:
         raise errors.FailedPrecondition(
             f"The database's schema is not one that this version knows: {error}.",
