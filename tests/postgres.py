@@ -50,7 +50,7 @@ class Postgres:
         if not data.exists():
             if os.geteuid() == 0:
                 os.chown(self.folder, pwd.getpwnam("nobody").pw_uid, -1)
-            initialise = [
+            initialise: list[str | Path] = [
                 _binaries() / "initdb",
                 "-D",
                 data,
@@ -76,15 +76,19 @@ class Postgres:
                 **_owner(),
             )
         deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                psycopg.connect(self._dsn("postgres"), connect_timeout=5).close()
-                return self
-            except psycopg.OperationalError as error:
-                log_text = (self.folder / "log").read_text()[-2000:]
-                assert self.popen.poll() is None, f"PostgreSQL ended:\n{log_text}"
-                assert time.monotonic() < deadline, f"PostgreSQL does not answer ({error}):\n{log_text}"
-                time.sleep(0.05)
+        while not self._answers():
+            said = (self.folder / "log").read_text()[-2000:]
+            assert self.popen.poll() is None, f"PostgreSQL ended:\n{said}"
+            assert time.monotonic() < deadline, f"PostgreSQL does not answer:\n{said}"
+            time.sleep(0.05)
+        return self
+
+    def _answers(self) -> bool:
+        try:
+            psycopg.connect(self._dsn("postgres"), connect_timeout=5).close()
+        except psycopg.OperationalError:
+            return False
+        return True
 
     def create(self, name: str) -> str:
         """A new, empty database. Returns its SQLAlchemy URL."""

@@ -14,7 +14,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +105,17 @@ class Database:
         try:
             with self._engine.connect().execution_options(reads=True) as connection, connection.begin():
                 return work(connection)
+        except DBAPIError as error:
+            raise self._translate(error) from error
+
+    def snapshot(self, work: Callable[[Connection], Iterator[T]]) -> Iterator[T]:
+        """What `work` yields, all of it from one moment, while writes go on. For long reads, in the caller's thread."""
+        level = "SERIALIZABLE" if self.dialect == "sqlite" else "REPEATABLE READ"
+        try:
+            with self._engine.connect() as plain:
+                connection = plain.execution_options(reads=True, isolation_level=level)
+                with connection.begin():
+                    yield from work(connection)
         except DBAPIError as error:
             raise self._translate(error) from error
 
