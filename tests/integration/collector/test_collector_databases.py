@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, create_engine, inspect, text
+from sqlalchemy import Connection, Table, create_engine, inspect, select, text
 
-from services.collector import outbox, tables
+from services.collector import dump, outbox, tables
 from services.collector.database import Database, migrate
 from tests.postgres import Postgres
 from tests.unit.services.collector import parts
@@ -19,6 +20,7 @@ from tests.unit.services.collector.parts import A, Deployment, store
 from tests.unit.services.collector.test_collector_decide import *  # noqa: F403
 from tests.unit.services.collector.test_collector_ledger import *  # noqa: F403
 from thumbwheel import errors
+from thumbwheel.v1.events_pb2 import GenerationEvent
 from thumbwheel.v1.preference_pb2 import FeedbackState
 
 
@@ -115,7 +117,7 @@ def _insert_old(connection: Connection, table: str, row: dict[str, object]) -> N
     connection.execute(text(f"INSERT INTO {table} ({', '.join(names)}) VALUES ({values})"), row)
 
 
-async def test_a_server_that_restarts_loses_nothing_acknowledged(tmp_path: object, deployment: Deployment) -> None:
+async def test_a_server_that_restarts_loses_nothing_acknowledged(deployment: Deployment) -> None:
     """kill -9 of PostgreSQL under writes: each was made or refused, and the collector goes on by itself."""
     server = Postgres().start()
     database = Database(server.create("restarts"))
@@ -149,7 +151,36 @@ async def test_a_server_that_restarts_loses_nothing_acknowledged(tmp_path: objec
         server.remove()
 
 
-async def _again(database: Database, deployment: Deployment, event: parts.GenerationEvent) -> bool:
+@pytest.mark.parametrize("into", ["sqlite", "postgresql"])
+async def test_a_backup_of_either_goes_into_either(
+    database: Database, deployment: Deployment, postgres: Postgres, tmp_path: Path, into: str
+) -> None:
+    a, b = deployment.pair()
+    await store(database, a, b)
+    await deployment.submit(database, parts.comparison(a, b))
+    await deployment.submit(database, parts.thumb(a))
+    path = tmp_path / "backup.jsonl.gz"
+    rows = await asyncio.to_thread(dump.backup, database, path)
+    target = f"sqlite:///{tmp_path / 'restored.db'}" if into == "sqlite" else postgres.create(parts.new_id())
+    restored = Database(target)
+    try:
+        assert await dump.restore(restored, path) == rows > 10
+        for table in tables.metadata.sorted_tables:
+            wanted = partial(_rows, table=table)
+            assert restored.read_now(wanted) == database.read_now(wanted), table.name
+        await deployment.submit(restored, parts.comparison(b, a, A))
+        assert [event.revision for event in await parts.published(restored)] == [1, 2, 1]
+        with pytest.raises(errors.FailedPrecondition, match="not empty"):
+            await dump.restore(restored, path)
+    finally:
+        await asyncio.to_thread(restored.close)
+
+
+def _rows(connection: Connection, table: Table) -> list[tuple[object, ...]]:
+    return [tuple(row) for row in connection.execute(select(table).order_by(*table.primary_key.columns))]
+
+
+async def _again(database: Database, deployment: Deployment, event: GenerationEvent) -> bool:
     try:
         await deployment.submit(database, parts.comment(event, "after", key="after"))
     except errors.Unavailable:
