@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from thumbwheel import data
+from thumbwheel import cli_collector, cli_data
 
 if TYPE_CHECKING:
     from thumbwheel.client import AsyncClient, Choice
@@ -28,6 +28,7 @@ model_app = typer.Typer(no_args_is_help=True, help="Base models.")
 feedback_app = typer.Typer(no_args_is_help=True, help="Say what you think of responses.")
 app.add_typer(model_app, name="model")
 app.add_typer(feedback_app, name="feedback")
+app.add_typer(cli_collector.app, name="collector")
 
 Home = Annotated[Path | None, typer.Option(envvar="THUMBWHEEL_HOME", help="Folder with the deployment's state.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -351,7 +352,7 @@ def status(home: Home = None, as_json: Json = False) -> None:
     _run(main())
 
 
-data.register(app, _run)
+cli_data.register(app, _run)
 
 
 def main() -> None:

@@ -161,9 +161,12 @@ class Ingest:
         _require_id(event.comparison_id)
         if event.state == ComparisonState.COMPARISON_STATE_RETRACTED:
             metrics.RETRACTIONS.labels(self._task).inc()
-            return buffer.retract(event.comparison_id)
+            return buffer.retract(event.comparison_id, event.revision)
         if event.state != ComparisonState.COMPARISON_STATE_ACCEPTED:
             raise errors.InvalidArgument(f"is {event.state}, neither accepted nor retracted.", field="state")
+        buffer.restore(event.comparison_id, event.revision)
+        if buffer.reweigh(event.comparison_id, event.weight):
+            return False
         if event.comparison_id in buffer:
             metrics.DUPLICATES.labels(self._task).inc()
         else:

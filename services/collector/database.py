@@ -14,7 +14,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,6 +119,17 @@ class Database:
         try:
             with self._engine.connect().execution_options(reads=True) as connection, connection.begin():
                 return work(connection)
+        except DBAPIError as error:
+            raise self._translate(error) from error
+
+    def snapshot(self, work: Callable[[Connection], Iterator[T]]) -> Iterator[T]:
+        """What `work` yields, all of it from one moment, while writes go on. For long reads, in the caller's thread."""
+        level = "SERIALIZABLE" if self.dialect == "sqlite" else "REPEATABLE READ"
+        try:
+            with self._engine.connect() as plain:
+                connection = plain.execution_options(reads=True, isolation_level=level)
+                with connection.begin():
+                    yield from work(connection)
         except DBAPIError as error:
             raise self._translate(error) from error
 
@@ -243,15 +254,21 @@ def _engine(url: str) -> tuple[URL, Engine]:
         ) from error
 
 
-def migrate(connection: Connection) -> None:
-    """Brings the schema to the newest version, in one transaction. Raises `errors.FailedPrecondition`."""
+def migrate(connection: Connection, *, down_to: str = "") -> None:
+    """Brings the schema to the newest version, or back to an older one, in one transaction; "base" is an empty one.
+
+    Raises `errors.FailedPrecondition`.
+    """
     config = Config()
     config.set_main_option("script_location", _MIGRATIONS.as_posix().replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     try:
         with connection.begin():
-            alembic.command.upgrade(config, "head")
+            if down_to:
+                alembic.command.downgrade(config, down_to)
+            else:
+                alembic.command.upgrade(config, "head")
     except CommandError as error:
         raise errors.FailedPrecondition(
             f"The database's schema is not one that this version knows: {error}.",

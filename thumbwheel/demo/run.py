@@ -274,6 +274,8 @@ async def _deployment(settings: DemoSettings, console: Console) -> AsyncIterator
         "THUMBWHEEL_MAX_WAIT_SECONDS": "600",
         "THUMBWHEEL_POLICY_LEARNING_RATE": str(settings.learning_rate),
         "THUMBWHEEL_REWARD_LEARNING_RATE": str(settings.learning_rate),
+        # Answers are short here, so that turns are quick: most end because they may be no longer.
+        "THUMBWHEEL_LEARN_FROM_CUT": "true",
         "THUMBWHEEL_MAX_MODEL_LEN": "1024",
         "THUMBWHEEL_SEED": str(settings.seed),
     }

@@ -8,18 +8,17 @@ Two signs, each found on its own:
   accounts do not become the norm, and it takes a group larger than chance gives.
 - *lockstep*: accounts that dissent together, pair by pair, from all others who judged the same.
 
-Probabilities are Chernoff bounds, `P(K ≥ k) ≤ exp(-n·KL(k/n ‖ p))`: never too small. An honest account's votes are
-correlated, so n votes count as `n / (1 + (n-1)ρ)` independent ones (the design effect of cluster sampling).
+An honest account's votes are correlated, because people have tastes: `taste_correlation` says how much. It is not
+estimated from the votes, since colluders would raise the estimate and hide behind it.
 """
 
 from __future__ import annotations
 
-import math
-
 import networkx as nx
 import numpy as np
 
-from services.collector.curation.evidence import Bools, Evidence, Floats, Ints
+from services.collector.curation.chance import poisson_tail, tail
+from services.collector.curation.evidence import Bools, Evidence, Ints
 from services.collector.curation.settings import CurationSettings
 
 _ROUNDS = 4
@@ -61,14 +60,15 @@ def _one_sided(evidence: Evidence, known: Bools, settings: CurationSettings) -> 
     _, duel = np.unique(target * versions + opponent, return_inverse=True)
     usual = (np.bincount(duel, say * won) + 1.0) / (np.bincount(duel, say) + 2.0)
     expected = np.bincount(of, usual[duel]) / votes
-    chance = _tail(votes, wins / votes, expected, settings.taste_correlation)
+    several = votes >= settings.collusion_votes
+    chance = tail(votes, wins / votes, expected, settings.taste_correlation)
     for version in range(versions):
-        here = (account % versions == version) & (votes >= settings.collusion_votes)
+        here = several & (account % versions == version)
         for side in (wins / votes > expected, wins / votes < expected):
             suspects = account[here & side & (chance < settings.account_chance)] // versions
             by_chance = here.sum() * settings.account_chance
             if len(suspects) >= settings.collusion_accounts and (
-                _poisson_tail(len(suspects), by_chance) < settings.group_chance
+                poisson_tail(len(suspects), by_chance) < settings.group_chance
             ):
                 found[suspects] = True
     return found
@@ -101,24 +101,10 @@ def _lockstep(evidence: Evidence, known: Bools, settings: CurationSettings) -> B
     first, second = pair // len(everyone), pair % len(everyone)
     honest = ~known[first] & ~known[second]
     usual = max(_LEAST_DISSENT, float(dissent[honest].mean()) if honest.any() else 0.0)
-    chance = _tail(shared, dissent, np.full(len(pair), usual), settings.taste_correlation)
+    chance = tail(shared, dissent, np.full(len(pair), usual), settings.taste_correlation)
     linked = (shared >= settings.collusion_votes) & (dissent > usual) & (chance < settings.group_chance)
     graph: nx.Graph[int] = nx.Graph(zip(first[linked].tolist(), second[linked].tolist(), strict=True))
     for group in nx.connected_components(graph):
         if len(group) >= settings.collusion_accounts:
             found[list(group)] = True
     return found
-
-
-def _tail(votes: Floats, rate: Floats, usual: Floats, correlation: float) -> Floats:
-    """Bound on the probability of a rate as far from the usual one, on the same side."""
-    independent = votes / (1.0 + (votes - 1.0) * correlation)
-    rate, usual = np.clip(rate, 1e-12, 1 - 1e-12), np.clip(usual, 1e-6, 1 - 1e-6)
-    divergence = rate * np.log(rate / usual) + (1 - rate) * np.log((1 - rate) / (1 - usual))
-    bound: Floats = np.exp(-independent * divergence)
-    return bound
-
-
-def _poisson_tail(count: int, mean: float) -> float:
-    """Bound on the probability of `count` or more, which is above `mean`."""
-    return math.exp(count - mean - count * math.log(count / mean)) if count > mean else 1.0

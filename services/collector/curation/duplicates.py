@@ -66,7 +66,8 @@ class PromptGroups:
         index = self._indexes.get(tenant)
         if index is None:
             index = self._indexes[tenant] = RMinHashLSH(self._similarity, _SLOTS, _BANDS)
-        for candidate in sorted(index.query(sketch)):
+        candidates: list[int] = sorted(index.query(sketch))
+        for candidate in candidates:
             first = self._leaders[candidate]
             if sketch.jaccard(first.sketch) >= self._similarity:
                 return first.prompt_id

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from services.collector.curation.chance import tail
 from services.collector.curation.collusion import colluders
-from services.collector.curation.evidence import Evidence, Floats, Ints, collect
+from services.collector.curation.evidence import Bools, Evidence, Floats, Ints, collect
 from services.collector.curation.influence import bursts, shares
 from services.collector.curation.reasons import Reason
 from services.collector.curation.settings import CurationSettings
@@ -91,6 +92,7 @@ def assess(
     estimate = _reliability(evidence, np.where(silent, 0.0, share), settings)
     newcomer = Raters.none(settings).newcomer
     votes_of = np.bincount(evidence.rater, minlength=len(evidence.raters))
+    unreliable = _unreliable(estimate, settings)
     known: dict[RaterId, Rater] = {}
     for i, rater in enumerate(evidence.raters):
         skill = float(estimate.skill[i])
@@ -98,7 +100,7 @@ def assess(
         quarantine = None
         if colluding[i]:
             quarantine = Reason.QUARANTINED_COLLUSION
-        elif estimate.judged[i] >= settings.min_judged and relative < settings.min_weight:
+        elif unreliable[i]:
             quarantine = Reason.QUARANTINED_UNRELIABLE
         weight = min(1.0, max(settings.min_weight, relative)) * float(share[i])
         known[rater] = Rater(
@@ -120,7 +122,7 @@ class _Estimate:
     """[raters] 2p - 1, where p is the probability of being right."""
 
     judged: Floats
-    gold_judged: Ints
+    gold_judged: Floats
     gold_correct: Ints
 
 
@@ -138,18 +140,32 @@ def _reliability(evidence: Evidence, say: Floats, settings: CurationSettings) ->
     correct = gold & (evidence.gold == evidence.side)
     rater, item, side = evidence.rater[~gold], evidence.item[~gold], evidence.side[~gold]
     right = np.bincount(evidence.rater[gold], np.where(correct[gold], 1.0, -1.0), minlength=size)
-    of_gold = np.bincount(evidence.rater[gold], minlength=size)
+    of_gold = np.bincount(evidence.rater[gold], minlength=size).astype(np.float64)
     skill: Floats = np.full(size, prior)
-    judged: Floats = of_gold.astype(np.float64)
+    judged = of_gold
     for _ in range(_ROUNDS):
         strength = say * 2.0 * np.arctanh(np.clip(skill, 0.0, _MOST_SKILL))
         own = side * strength[rater]
-        total = np.bincount(item, own) if len(item) else own
+        total = np.bincount(item, own)
         others = np.tanh((total[item] - own) / 2.0)
         judged = of_gold + np.bincount(rater, others**2, minlength=size)
         agreement = right + np.bincount(rater, side * others, minlength=size)
         skill = np.clip((prior * settings.prior_votes + agreement) / (settings.prior_votes + judged), -1.0, 1.0)
     return _Estimate(skill, judged, of_gold, np.bincount(evidence.rater[correct], minlength=size))
+
+
+def _unreliable(estimate: _Estimate, settings: CurationSettings) -> Bools:
+    """[raters] True where the weight would be next to nothing, or control questions are failed beyond chance.
+
+    Gold is looked at by itself, since those who agree with each other alone look reliable to each other.
+    """
+    little = estimate.skill < settings.min_weight * _prior_skill(settings)
+    rate = estimate.gold_correct / np.maximum(estimate.gold_judged, 1)
+    usual = np.full(len(rate), settings.prior_accuracy)
+    by_chance = tail(estimate.gold_judged, rate, usual)
+    failed = (rate < usual) & (by_chance < settings.account_chance)
+    unreliable: Bools = failed | ((estimate.judged >= settings.min_judged) & little)
+    return unreliable
 
 
 def _prior_skill(settings: CurationSettings) -> float:

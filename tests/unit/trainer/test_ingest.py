@@ -119,6 +119,13 @@ def test_the_stream_is_read_once_and_poison_goes_aside(encoder: Encoder) -> None
     assert ingest.read(buffer, 1.0) == [comparison(1).comparison_id]
     assert len(buffer) == 1
 
+    again = comparison(1), comparison(3)
+    for event in again:
+        event.revision, event.weight = 3, 0.5
+    send(*again)
+    assert ingest.read(buffer, 1.0) == []
+    assert [(sample.id[-1], sample.weight) for sample in buffer.oldest(9)] == [("3", 0.5)], "1 is learnt already"
+
     letters = log.consumer([topics.DEADLETTER], group="test").poll(1.0)
     found = [DeadLetter.FromString(record.value) for record in letters]
     assert [letter.offset for letter in found] == [1, 4, 6]

@@ -14,13 +14,14 @@ from typing import TypeVar
 
 from uuid_utils import uuid7
 
-from services.collector import ledger
+from services.collector import ledger, outbox
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
 from services.collector.ledger import Curator
 from services.collector.records import Recorded
 from services.collector.submission import Checker
 from thumbwheel.auth import ReceiptKey, create_keys
+from thumbwheel.stream import topics
 from thumbwheel.stream.log import Record
 from thumbwheel.v1.events_pb2 import ComparisonEvent, FeedbackEvent, GenerationEvent
 from thumbwheel.v1.policy_pb2 import (
@@ -33,7 +34,16 @@ from thumbwheel.v1.policy_pb2 import (
     Role,
     VersionSpan,
 )
-from thumbwheel.v1.preference_pb2 import Comment, Comparison, Edit, Feedback, Preference, Thumb, ThumbValue
+from thumbwheel.v1.preference_pb2 import (
+    Comment,
+    Comparison,
+    Edit,
+    Feedback,
+    FeedbackRecord,
+    Preference,
+    Thumb,
+    ThumbValue,
+)
 
 A = Preference.PREFERENCE_A
 B = Preference.PREFERENCE_B
@@ -60,6 +70,17 @@ async def retract(database: Database, feedback_id: str, user: str = "ann", tenan
     """Takes back, as the service does."""
     work = partial(ledger.retract, curator=curator_of(database), feedback_id=feedback_id)
     return await database.write(partial(work, user_id=user, tenant=tenant))
+
+
+async def find(database: Database, *ids: str, tenant: str = "default") -> list[FeedbackRecord]:
+    """The records of these ids."""
+    return await database.read(partial(ledger.find, feedback_ids=ids, tenant=tenant))
+
+
+async def published(database: Database) -> list[ComparisonEvent]:
+    """All comparisons that were put in the outbox, in order."""
+    rows = await database.read(partial(outbox.waiting, limit=10_000))
+    return [ComparisonEvent.FromString(row.value) for row in rows if row.topic == topics.COMPARISONS]
 
 
 def new_id() -> str:

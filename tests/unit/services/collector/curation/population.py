@@ -47,18 +47,19 @@ class World:
         feedback_id = f"f{next(self._feedback):07}"
         return Vote(feedback_id, RaterId("acme", user), prompt, choice, a, at, b, prompt_sha256=prompt.encode())
 
-    def honest(self, users: int, mean_votes: float = 25.0) -> list[Vote]:
-        """Votes of people: some give many, most few; some look closely, some hardly; on what they happen to be shown."""
+    def honest(self, users: int, mean_votes: float = 25.0, taste: float = 0.3) -> list[Vote]:
+        """Votes of people: most give few, some many; each has tastes, and looks more or less closely."""
         votes = []
         for user in range(users):
             how_many = int(np.clip(self.random.lognormal(np.log(mean_votes) - 0.5, 1.0), 1, 180))
             care = float(self.random.lognormal(np.log(2.0), 0.4))
-            at = self.moments(how_many)
-            for moment in at:
+            tastes = self.random.normal(0.0, taste, VERSIONS)
+            for moment in self.moments(how_many):
                 prompt, responses = self.prompts[int(self.random.integers(len(self.prompts)))]
                 first, second = self.random.choice(len(responses), 2, replace=False)
                 a, b = responses[first], responses[second]
-                margin = care * (self._quality[a.generation_id] - self._quality[b.generation_id])
+                liking = [self._quality[one.generation_id] + tastes[int(one.version[1:])] for one in (a, b)]
+                margin = care * (liking[0] - liking[1])
                 a_wins = self.random.random() < 1.0 / (1.0 + np.exp(-margin))
                 votes.append(self.vote(f"person{user:04}", moment, prompt, a, b, Choice.A if a_wins else Choice.B))
         return votes
@@ -73,8 +74,8 @@ class World:
                 moment += int(self.random.uniform(6.0, 60.0) * SECOND)
         return at
 
-    def colluders(self, accounts: int, votes_each: int, *, wins: bool = True) -> list[Vote]:
-        """Accounts that let the target win, or lose, on every pair that has it, at the pace of people."""
+    def colluders(self, accounts: int, votes_each: int, *, wins: bool = True, effort: float = 1.0) -> list[Vote]:
+        """Accounts that let the target win, or lose, on this share of the pairs that have it, at the pace of people."""
         pairs = [
             (prompt, target, other)
             for prompt, responses in self.prompts
@@ -86,7 +87,8 @@ class World:
         for account in range(accounts):
             which = self.random.choice(len(pairs), min(votes_each, len(pairs)), replace=False)
             for moment, i in zip(self.moments(len(which)), which, strict=True):
-                votes.append(self._pushed(f"puppet{account:03}", moment, *pairs[i], wins=wins))
+                pushes = self.random.random() < effort
+                votes.append(self._pushed(f"puppet{account:03}", moment, *pairs[i], wins=wins == pushes))
         return votes
 
     def flooder(self, how_many: int, days: int = 1) -> list[Vote]:
@@ -98,6 +100,13 @@ class World:
             prompt, (a, b) = self.prompt(target, other)
             votes.append(self._pushed("flooder", START + i * days * DAY // how_many, prompt, a, b, wins=True))
         return votes
+
+    def without_versions(self, votes: list[Vote]) -> list[Vote]:
+        """The votes as if nobody knew which version gave which response."""
+        return [
+            replace(vote, a=replace(vote.a, version=""), b=None if vote.b is None else replace(vote.b, version=""))
+            for vote in votes
+        ]
 
     def _pushed(self, user: str, at: int, prompt: str, target: Response, other: Response, *, wins: bool) -> Vote:
         if self.random.random() < 0.5:

@@ -1,0 +1,79 @@
+"""Which prompts are curated as one."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from services.collector.curation import CurationSettings, PromptGroups
+
+LONG = (
+    "Please explain, in plain words and with an example from everyday life, how a heat pump moves warmth from the cold "
+    "air outside into a house, why it needs less electricity than a heater, and what happens to it in hard frost."
+)
+
+
+def test_exact_duplicates_share_the_group_of_the_first() -> None:
+    groups = PromptGroups()
+    assert groups.add("acme", "p1", "What is a heat pump?") == "p1"
+    assert groups.add("acme", "p2", "  what is a\nHEAT pump ") == "p1"
+    assert groups.add("acme", "p1", "What is a heat pump?") == "p1"
+    assert groups.add("globex", "p3", "What is a heat pump?") == "p3"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("2 + 2", "2 * 2"), ("Hi", "Hello"), ("!?", "??"), ("What is a heat pump?", "What is a heat sink?"), ("", "x")],
+)
+def test_small_prompts_that_differ_are_different(one: str, other: str) -> None:
+    groups = PromptGroups()
+    assert (groups.add("acme", "p1", one), groups.add("acme", "p2", other)) == ("p1", "p2")
+
+
+def test_near_duplicates_share_the_group_of_the_first_of_their_kind() -> None:
+    groups = PromptGroups()
+    assert groups.add("acme", "p1", LONG) == "p1"
+    assert groups.add("acme", "p2", LONG.replace("hard frost", "deep frost")) == "p1"
+    assert groups.add("globex", "p3", LONG.replace("hard frost", "deep frost")) == "p3"
+    assert groups.add("acme", "p4", LONG.replace("heat pump", "fridge").replace("house", "kitchen")) == "p4"
+
+
+def test_a_chain_of_small_changes_does_not_become_one_group() -> None:
+    groups, words = PromptGroups(), LONG.split()
+    found = []
+    for i in range(len(words)):
+        words[i] = f"word{i}"
+        found.append(groups.add("acme", f"p{i:02}", " ".join(words)))
+    assert 5 <= len(set(found)) < len(found)
+
+
+def test_similarity_is_as_set() -> None:
+    """Held against the exact Jaccard similarity of word triples: clear cases fall on their side."""
+    chance = random.Random(7)
+    vocabulary = [f"w{i}" for i in range(5_000)]
+    groups = PromptGroups(CurationSettings(duplicate_similarity=0.7))
+    for number in range(200):
+        words = chance.choices(vocabulary, k=60)
+        changed = words.copy()
+        for i in chance.sample(range(60), chance.randint(0, 12)):
+            changed[i] = chance.choice(vocabulary)
+        one, other = (set(zip(text, text[1:], text[2:], strict=False)) for text in (words, changed))
+        similarity = len(one & other) / len(one | other)
+        groups.add("acme", f"a{number}", " ".join(words))
+        group = groups.add("acme", f"b{number}", " ".join(changed))
+        if similarity > 0.85:
+            assert group == f"a{number}"
+        elif similarity < 0.5:
+            assert group == f"b{number}"
+
+
+def test_the_same_prompts_in_the_same_order_give_the_same_groups() -> None:
+    chance = random.Random(3)
+    prompts = [" ".join(chance.choices("abcdefgh", k=chance.randint(1, 12))) for _ in range(500)]
+    runs = []
+    for _ in range(2):
+        groups = PromptGroups()
+        runs.append([groups.add("acme", f"p{i}", text) for i, text in enumerate(prompts)])
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) < len(prompts)
