@@ -11,6 +11,7 @@ from thumbwheel import errors
 from thumbwheel.stream import topics
 from thumbwheel.stream.memory import MemoryLog
 from thumbwheel.v1.events_pb2 import ComparisonEvent, ComparisonState, DeadLetter
+from thumbwheel.v1.policy_pb2 import Role
 from trainer.buffer import Buffer
 from trainer.ingest import Encoder, Ingest
 
@@ -51,6 +52,20 @@ def test_a_text_that_a_person_wrote_is_tokenised_and_ends(encoder: Encoder) -> N
     event = comparison()
     event.chosen.ClearField("token_ids")
     assert encoder.encode(event).chosen == (*encoder.tokenizer("a")["input_ids"], EOS)
+
+
+def test_a_prompt_that_no_model_of_ours_was_asked_is_rendered_as_it_would_be(encoder: Encoder) -> None:
+    event = comparison()
+    event.ClearField("prompt_token_ids")
+    event.prompt.chat.messages.add(role=Role.ROLE_USER, content="a")
+    turns = [{"role": "user", "content": "a"}]
+    asked = encoder.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    room = 16 - 3
+    assert encoder.encode(event).prompt == tuple(asked)[-room:]
+    event.prompt.text = "bc"
+    assert encoder.encode(event).prompt == tuple(encoder.tokenizer("bc")["input_ids"])
+    event.prompt.tokens.ids.extend([7, 8])
+    assert encoder.encode(event).prompt == (7, 8)
 
 
 def test_a_scorer_learns_the_text_and_the_end_whatever_was_generated(policy_path: Path) -> None:
