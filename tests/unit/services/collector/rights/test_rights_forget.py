@@ -22,13 +22,20 @@ from services.collector.rights.lineage import SAMPLES
 from services.collector.rights.tenants import TenantRules, Tenants
 from services.collector.rules import Rules
 from tests.unit.services.collector import parts
-from tests.unit.services.collector.parts import TIE, Deployment
+from tests.unit.services.collector.parts import TIE, A, B, Deployment
 from thumbwheel import errors, files
 from thumbwheel.auth import ManifestSigner, ManifestVerifier
 from thumbwheel.checkpoints.store import LocalStore, version_name
 from thumbwheel.stream import topics
-from thumbwheel.v1.events_pb2 import ComparisonEvent, ComparisonState, DeadLetter, FeedbackEvent, GenerationEvent
-from thumbwheel.v1.preference_pb2 import ForgetResponse
+from thumbwheel.v1.events_pb2 import (
+    ComparisonEvent,
+    ComparisonState,
+    DeadLetter,
+    FeedbackEvent,
+    GenerationEvent,
+    ThumbEvent,
+)
+from thumbwheel.v1.preference_pb2 import FeedbackState, ForgetResponse, ThumbValue
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, Lineage, ModelRole
 
 
@@ -345,3 +352,45 @@ async def test_many_are_erased_in_pages(
     response = await forget(database, settings, "ann")
     assert (response.generations_erased, response.feedback_erased) == (1_203, len(thumbs) + 1)
     assert ties.changed
+
+
+async def test_what_others_said_is_judged_again_without_it(
+    database: Database, deployment: Deployment, settings: CollectorSettings
+) -> None:
+    pair = deployment.pair()
+    for one in pair:
+        one.user_id = "cyd"
+    await arrive(database, *pair)
+    await deployment.submit(database, parts.comparison(*pair, A, user="ann"))
+    bobs = (await deployment.submit(database, parts.comparison(*pair, B, user="bob"))).record
+    assert (bobs.state, bobs.reason) == (FeedbackState.FEEDBACK_STATE_APART, "contested")
+    await forget(database, settings, "ann")
+    find = partial(ledger.find, feedback_ids=[bobs.feedback_id], tenant="default")
+    [after] = await database.read(find)
+    assert (after.state, after.reason) == (FeedbackState.FEEDBACK_STATE_ACCEPTED, "preferred")
+    accepted = [m for m in await outbox_messages(database) if isinstance(m, ComparisonEvent)]
+    assert [m.feedback_ids for m in accepted if m.state == ComparisonState.COMPARISON_STATE_ACCEPTED] == [
+        [bobs.feedback_id]
+    ]
+
+
+async def test_thumbs_of_two_users_come_apart(
+    database: Database, deployment: Deployment, settings: CollectorSettings
+) -> None:
+    pair = deployment.pair("up", "down")
+    for one in pair:
+        one.user_id = "cyd"
+    await arrive(database, *pair)
+    await deployment.submit(database, parts.thumb(pair[0], user="ann"))
+    down = parts.thumb(pair[1], user="bob")
+    down.thumb.value = ThumbValue.THUMB_VALUE_DOWN
+    bobs = (await deployment.submit(database, down)).record
+    assert (bobs.state, bobs.reason) == (FeedbackState.FEEDBACK_STATE_ACCEPTED, "paired_thumbs")
+    await forget(database, settings, "ann")
+    rows = await database.read(partial(outbox.waiting, limit=1000))
+    thumbs = [ThumbEvent.FromString(row.value) for row in rows if row.topic == topics.THUMBS]
+    left = {t.thumb_id: t for t in thumbs if t.state == ComparisonState.COMPARISON_STATE_ACCEPTED}
+    assert [list(t.feedback_ids) for t in left.values()] == [[bobs.feedback_id]]
+    pairs = [ComparisonEvent.FromString(row.value) for row in rows if row.topic == topics.COMPARISONS]
+    assert [e.state for e in pairs] == [ComparisonState.COMPARISON_STATE_RETRACTED]
+    assert pairs[0].chosen.text == ""
