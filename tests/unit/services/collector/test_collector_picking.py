@@ -99,7 +99,7 @@ async def test_only_what_a_user_has_not_seen_and_can_tell_apart_is_eligible(
     assert await database.read(other) == []
 
 
-class Rewards(RewardServiceServicer):  # type: ignore[misc]  # it is asked for scores alone
+class Rewards(RewardServiceServicer):
     """A reward service that scores by length, and may be away."""
 
     away = False
