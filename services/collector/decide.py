@@ -30,6 +30,32 @@ ACCEPTED, RETRACTED = "ACCEPTED", "RETRACTED"
 RETRACTED_BY_USER = "retracted_by_user"
 
 
+# Built once: building a statement takes longer than running it.
+_STANDS = (
+    update(feedback)
+    .where(feedback.c.feedback_id == bindparam("id"))
+    .values(
+        state=bindparam("to_state"),
+        reason=bindparam("to_reason"),
+        weight=bindparam("to_weight"),
+        comparison_id=bindparam("to_comparison_id"),
+        superseded_by=bindparam("to_superseded_by"),
+        revision=feedback.c.revision + 1,
+    )
+)
+_FEEDBACK = (
+    select(feedback)
+    .where(feedback.c.feedback_id.in_(bindparam("of_ids", expanding=True)))
+    .order_by(feedback.c.feedback_id)
+)
+_DECISIONS = select(decisions).where(
+    decisions.c.tenant == bindparam("of_tenant"), decisions.c.group_id.in_(bindparam("of_groups", expanding=True))
+)
+_EVENTS = select(generations.c.generation_id, generations.c.event).where(
+    generations.c.generation_id.in_(bindparam("of_ids", expanding=True))
+)
+
+
 class _Outcome(NamedTuple):
     """Where a piece of feedback is to stand."""
 
@@ -137,25 +163,14 @@ def _put_feedback(
     if not changed:
         return []
     connection.execute(
-        update(feedback)
-        .where(feedback.c.feedback_id == bindparam("id"))
-        .values(
-            state=bindparam("to_state"),
-            reason=bindparam("to_reason"),
-            weight=bindparam("to_weight"),
-            comparison_id=bindparam("to_comparison_id"),
-            superseded_by=bindparam("to_superseded_by"),
-            revision=feedback.c.revision + 1,
-        ),
+        _STANDS,
         [
             {"id": id, **{f"to_{name}": value or None for name, value in outcomes[id]._asdict().items()}}
             | {"to_weight": outcomes[id].weight}
             for id in changed
         ],
     )
-    rows = connection.execute(
-        select(feedback).where(feedback.c.feedback_id.in_(changed)).order_by(feedback.c.feedback_id)
-    )
+    rows = connection.execute(_FEEDBACK, {"of_ids": changed})
     return [(records.recorded(row, changed=True), row.prompt_id) for row in rows]
 
 
@@ -167,9 +182,7 @@ def _put_samples(
     reasons: dict[str, str],
 ) -> list[outbox.Event]:
     """Writes what is learnt from, and returns what is to be published: first what is taken back."""
-    rows = connection.execute(
-        select(decisions).where(decisions.c.tenant == tenant, decisions.c.group_id.in_(list(groups)))
-    )
+    rows = connection.execute(_DECISIONS, {"of_tenant": tenant, "of_groups": list(groups)})
     before = {row.sample_id: row for row in rows}
     gone = [row for row in before.values() if row.state == ACCEPTED and row.sample_id not in samples]
     come = [
@@ -220,9 +233,7 @@ def _accept(
 ) -> list[outbox.Event]:
     bodies = _votes(connection, come)
     wanted = {id for sample in come for id in (sample.chosen, sample.rejected) if id}
-    found = connection.execute(
-        select(generations.c.generation_id, generations.c.event).where(generations.c.generation_id.in_(wanted))
-    )
+    found = connection.execute(_EVENTS, {"of_ids": list(wanted)})
     known = {id: GenerationEvent.FromString(data) for id, data in found}
     again = [sample.id for sample in come if sample.id in revisions]
     if again:
@@ -257,8 +268,7 @@ def _accept(
 def _votes(connection: Connection, come: Iterable[Sample]) -> dict[str, Row[Any]]:
     """The feedback that samples rest on, by id."""
     ids = {id for sample in come for id in sample.votes}
-    names = ("feedback_id", "kind", "body", "received_at", "propensity")
-    rows = connection.execute(select(*(feedback.c[name] for name in names)).where(feedback.c.feedback_id.in_(ids)))
+    rows = connection.execute(_FEEDBACK, {"of_ids": list(ids)})
     return {row.feedback_id: row for row in rows}
 
 

@@ -6,7 +6,7 @@ database, so that it is the same after a restart, and with other collectors besi
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, bindparam, func, insert, select
 
 from services.collector.curation import CurationSettings, PromptGroups
 from services.collector.tables import generations, prompts
@@ -15,6 +15,16 @@ from thumbwheel.v1.policy_pb2 import Prompt, Role
 
 MAX_INDEXED = 100_000
 """After a restart, as many prompts, the newest, are looked at for likeness."""
+
+
+_GROUP = select(prompts.c.group_id).where(
+    prompts.c.tenant == bindparam("of_tenant"), prompts.c.prompt_id == bindparam("of_prompt")
+)
+_SINCE = (
+    select(prompts.c.number, prompts.c.tenant, prompts.c.prompt_id, prompts.c.group_id)
+    .where(prompts.c.number > bindparam("since"))
+    .order_by(prompts.c.number)
+)
 
 
 class Groups:
@@ -26,14 +36,19 @@ class Groups:
         # What the index calls a group, where the database knows it by an older prompt that is not indexed.
         self._names: dict[tuple[str, str], str] = {}
 
+    def known(self, connection: Connection, tenant: str, prompt_id: str) -> str | None:
+        """The group of a prompt; None where the prompt is new."""
+        group: str | None = connection.execute(
+            _GROUP, {"of_tenant": tenant, "of_prompt": prompt_id}
+        ).scalar_one_or_none()
+        return group
+
     def group_of(self, connection: Connection, event: GenerationEvent) -> str:
         """The group of the prompt that this generation answers; notes it where the prompt is new."""
         tenant, prompt_id = event.tenant, event.generation.prompt_id
-        known = connection.execute(
-            select(prompts.c.group_id).where(prompts.c.tenant == tenant, prompts.c.prompt_id == prompt_id)
-        ).scalar_one_or_none()
+        known = self.known(connection, tenant, prompt_id)
         if known is not None:
-            return str(known)
+            return known
         self._follow(connection)
         found = self._index.add(tenant, prompt_id, text_of(event.prompt))
         group = self._names.get((tenant, found), found)
@@ -45,11 +60,7 @@ class Groups:
         if self._seen is None:
             newest = connection.execute(select(func.max(prompts.c.number))).scalar_one_or_none() or 0
             self._seen = max(0, newest - MAX_INDEXED)
-        rows = connection.execute(
-            select(prompts.c.number, prompts.c.tenant, prompts.c.prompt_id, prompts.c.group_id)
-            .where(prompts.c.number > self._seen)
-            .order_by(prompts.c.number)
-        ).all()
+        rows = connection.execute(_SINCE, {"since": self._seen}).all()
         for number, tenant, prompt_id, group_id in rows:
             any_event = select(generations.c.event).where(
                 generations.c.tenant == tenant, generations.c.prompt_id == prompt_id

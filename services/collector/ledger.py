@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
-from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, insert, select, update
 
 from services.collector import guide, outbox, picked, records, tallies
 from services.collector.decide import decide
@@ -34,6 +35,26 @@ from thumbwheel.v1.policy_pb2 import FinishReason, ReceiptClaims
 from thumbwheel.v1.preference_pb2 import Feedback, FeedbackRecord
 
 HELD, RETRACTED, RETRACTED_BY_USER, WITHDRAWN = "HELD", "RETRACTED", "retracted_by_user", "withdrawn"
+
+
+# Built once: building a statement takes longer than running it.
+_BY_KEY = select(feedback).where(
+    feedback.c.tenant == bindparam("of_tenant"), feedback.c.idempotency_key == bindparam("of_key")
+)
+_FIRST_SAMPLE = (
+    select(feedback.c.sample_id)
+    .where(
+        feedback.c.tenant == bindparam("of_tenant"),
+        feedback.c.user_id == bindparam("of_user"),
+        feedback.c.item == bindparam("of_item"),
+        feedback.c.outcome == bindparam("of_outcome"),
+    )
+    .order_by(feedback.c.feedback_id)
+    .limit(1)
+)
+_ARRIVED = select(*(generations.c[name] for name in Arrived._fields)).where(
+    generations.c.generation_id.in_(bindparam("of_ids", expanding=True))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +82,8 @@ def submit(
     this tenant does not have, and `errors.FailedPrecondition` where the user, or what it is about, was forgotten.
     """
     body = submission.feedback
-    tombstones.refuse(connection, submission)
-    before = connection.execute(
-        select(feedback).where(
-            feedback.c.tenant == submission.tenant, feedback.c.idempotency_key == body.idempotency_key
-        )
-    ).one_or_none()
+    key = {"of_tenant": submission.tenant, "of_key": body.idempotency_key}
+    before = connection.execute(_BY_KEY, key).one_or_none()
     if before is not None:
         if before.body_sha256 != submission.body_sha256:
             raise errors.Conflict(
@@ -74,20 +91,23 @@ def submit(
                 remedy="Use a new key for new feedback, and send a repeated one unchanged.",
             )
         return records.recorded(before, changed=False)
+    tombstones.refuse(connection, submission)
     guide.check(connection, submission)
     arrival = arrival or Arrival.now()
-    _insert(connection, submission, arrival)
+    id = arrival.feedback_id
     joined = join(submission, _arrived(connection, [claims.generation_id for claims in submission.claims]))
-    if joined is not None:
-        [told] = [
-            one
-            for one in _settle(connection, curator, [(arrival.feedback_id, submission, joined)], traceparent)
-            if one.record.feedback_id == arrival.feedback_id
-        ]
-        return told
-    [row] = _rows(connection, [arrival.feedback_id])
+    stands: dict[str, Any] = {"state": HELD, "reason": AWAITING, "joined": None, "group_id": None}
+    if joined is not None and joined.teaches:
+        stands |= {"joined": "", "group_id": _group(connection, curator, submission)}
+    elif joined is not None:
+        stands |= {"state": records.name_of(joined.state), "reason": joined.reason, "joined": joined.reason}
+    row = _insert(connection, submission, arrival, stands)
+    if stands["group_id"] is not None:
+        groups = [stands["group_id"]]
+        all_told = decide(connection, curator.rules, submission.tenant, groups, new=[id], traceparent=traceparent)
+        return next(one for one in all_told if one.record.feedback_id == id)
     told = records.recorded(row, changed=True)
-    outbox.add(connection, [records.event_of(told, row.prompt_id, traceparent)])
+    outbox.add(connection, [records.event_of(told, submission.prompt_id, traceparent)])
     return told
 
 
@@ -192,7 +212,10 @@ def _settle(
     return sorted(told, key=lambda one: one.record.feedback_id)
 
 
-def _insert(connection: Connection, submission: Submission, arrival: Arrival) -> None:
+def _insert(
+    connection: Connection, submission: Submission, arrival: Arrival, stands: dict[str, Any]
+) -> SimpleNamespace:
+    """Writes it down as it `stands`. Returns the row."""
     body = submission.feedback
     judgement = judgement_of(submission)
     user_rank, tenant_rank = tallies.count(connection, submission.tenant, body.user_id, arrival.micros)
@@ -205,9 +228,9 @@ def _insert(connection: Connection, submission: Submission, arrival: Arrival) ->
         "kind": submission.kind,
         "body": body.SerializeToString(deterministic=True),
         "prompt_id": submission.prompt_id,
-        "state": HELD,
-        "reason": AWAITING,
+        **stands,
         "comparison_id": None,
+        "superseded_by": None,
         "received_at": arrival.micros,
         "propensity": picked.propensity_of(connection, submission),
         "user_rank": user_rank,
@@ -228,28 +251,23 @@ def _insert(connection: Connection, submission: Submission, arrival: Arrival) ->
             for place, claims in enumerate(submission.claims)
         ],
     )
+    return SimpleNamespace(**values)
 
 
 def _sample_id(connection: Connection, submission: Submission, judgement: Judgement, arrival: Arrival) -> str:
     """What the judgement teaches: the same as an earlier one of this user to the same effect, so that who says a thing
     twice, or comes back to it, is learnt from once.
     """
-    first = (
-        select(feedback.c.sample_id)
-        .where(
-            feedback.c.tenant == submission.tenant,
-            feedback.c.user_id == submission.feedback.user_id,
-            feedback.c.item == judgement.item,
-            feedback.c.outcome == judgement.outcome,
-        )
-        .order_by(feedback.c.feedback_id)
-        .limit(1)
-    )
-    known = connection.execute(first).scalar_one_or_none()
+    of = {"of_tenant": submission.tenant, "of_user": submission.feedback.user_id}
+    of_what = {"of_item": judgement.item, "of_outcome": judgement.outcome}
+    known = connection.execute(_FIRST_SAMPLE, {**of, **of_what}).scalar_one_or_none()
     return derived(arrival.feedback_id, "sample") if known is None else str(known)
 
 
 def _group(connection: Connection, curator: Curator, submission: Submission) -> str:
+    known = curator.groups.known(connection, submission.tenant, submission.prompt_id)
+    if known is not None:
+        return known
     generation_id = submission.claims[0].generation_id
     data = connection.execute(
         select(generations.c.event).where(generations.c.generation_id == generation_id)
@@ -276,8 +294,7 @@ def _generation(event: GenerationEvent, now: int) -> dict[str, Any]:
 
 
 def _arrived(connection: Connection, ids: Collection[str]) -> list[Arrived]:
-    columns = [generations.c[name] for name in Arrived._fields]
-    return [Arrived(*row) for row in connection.execute(select(*columns).where(generations.c.generation_id.in_(ids)))]
+    return [Arrived(*row) for row in connection.execute(_ARRIVED, {"of_ids": list(ids)})]
 
 
 def _rows(connection: Connection, ids: Collection[str]) -> Sequence[Row[Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, bindparam, insert, select
 
 from services.collector.identity import item_of
 from services.collector.outbox import now_micros
@@ -16,6 +16,13 @@ from thumbwheel import errors
 
 _TOLERANCE = 1e-4
 """A probability travels in 32 bits."""
+
+
+_SHOWN = select(shown.c.first_id, shown.c.propensity).where(
+    shown.c.tenant == bindparam("of_tenant"),
+    shown.c.user_id == bindparam("of_user"),
+    shown.c.item == bindparam("of_item"),
+)
 
 
 class Pair(NamedTuple):
@@ -65,13 +72,8 @@ def propensity_of(connection: Connection, submission: Submission) -> float | Non
     vote = submission.feedback.comparison
     said = vote.propensity if vote.HasField("propensity") else None
     pair = Pair(*(claims.generation_id for claims in submission.claims))
-    row = connection.execute(
-        select(shown.c.first_id, shown.c.propensity).where(
-            shown.c.tenant == submission.tenant,
-            shown.c.user_id == submission.feedback.user_id,
-            shown.c.item == pair.item,
-        )
-    ).one_or_none()
+    of = {"of_tenant": submission.tenant, "of_user": submission.feedback.user_id, "of_item": pair.item}
+    row = connection.execute(_SHOWN, of).one_or_none()
     if row is None:
         return said
     if row.first_id != pair.first:

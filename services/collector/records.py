@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from sqlalchemy import Row
-
 from services.collector.emit import time_of
 from services.collector.identity import derived
 from services.collector.outbox import Event
@@ -26,12 +24,12 @@ class Recorded(NamedTuple):
     revision: int
 
 
-def recorded(row: Row[Any], *, changed: bool) -> Recorded:
+def recorded(row: Any, *, changed: bool) -> Recorded:
     """What became of the feedback in this row."""
     return Recorded(record_of(row), row.kind, row.state, changed, row.revision)
 
 
-def record_of(row: Row[Any]) -> FeedbackRecord:
+def record_of(row: Any) -> FeedbackRecord:
     """The record of a row."""
     return FeedbackRecord(
         feedback_id=row.feedback_id,

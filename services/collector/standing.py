@@ -85,6 +85,11 @@ def everything(connection: Connection, *, learn_from_cut: bool) -> Iterator[tupl
     return ((standing.group, standing.vote) for standing in _standings(rows, learn_from_cut))
 
 
+_RATERS = select(raters).where(
+    raters.c.tenant == bindparam("of_tenant"), raters.c.user_id.in_(bindparam("of_users", expanding=True))
+)
+
+
 def raters_of(connection: Connection, who: Iterable[RaterId], settings: CurationSettings) -> tuple[Raters, Overrides]:
     """What is known of these raters, and what operators said of them."""
     by_tenant: dict[str, set[str]] = {}
@@ -93,8 +98,7 @@ def raters_of(connection: Connection, who: Iterable[RaterId], settings: Curation
     known: dict[RaterId, Rater] = {}
     by_hand: dict[str, set[RaterId]] = {QUARANTINED: set(), RELEASED: set()}
     for tenant, users in by_tenant.items():
-        found = select(raters).where(raters.c.tenant == tenant, raters.c.user_id.in_(users))
-        for row in connection.execute(found):
+        for row in connection.execute(_RATERS, {"of_tenant": tenant, "of_users": list(users)}):
             known[RaterId(tenant, row.user_id)] = _rater(row)
             if row.by_hand:
                 by_hand[row.by_hand].add(RaterId(tenant, row.user_id))

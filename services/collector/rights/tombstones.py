@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, bindparam, insert, select
 
 from services.collector.submission import Submission
 from services.collector.tables import generations, tombstones
@@ -17,6 +17,9 @@ from thumbwheel.v1.events_pb2 import GenerationEvent
 
 PAGE = 500
 """Values in one statement: databases take some thousands."""
+
+# Built once: it runs with every piece of feedback.
+_PRESENT = select(tombstones.c.hash).where(tombstones.c.hash.in_(bindparam("of_hashes", expanding=True)))
 
 
 def user_hash(tenant: str, user_id: str) -> bytes:
@@ -42,8 +45,7 @@ def present(connection: Connection, hashes: Sequence[bytes]) -> set[bytes]:
     """Those of the hashes that have a tombstone."""
     found: set[bytes] = set()
     for start in range(0, len(hashes), PAGE):
-        page = hashes[start : start + PAGE]
-        found.update(connection.execute(select(tombstones.c.hash).where(tombstones.c.hash.in_(page))).scalars())
+        found.update(connection.execute(_PRESENT, {"of_hashes": hashes[start : start + PAGE]}).scalars())
     return found
 
 

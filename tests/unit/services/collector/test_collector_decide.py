@@ -123,21 +123,21 @@ async def test_opposite_thumbs_make_a_comparison_and_the_lone_one_is_told_of(
 
 async def test_what_is_alike_is_curated_together(database: Database, deployment: Deployment) -> None:
     """The same question in two prompts: votes against each other cancel."""
-    pairs = [
-        [deployment.generation(text, prompt_id, "How long do I boil an egg so that it stays soft?") for text in "xy"]
+    words = "How long do I boil an egg so that it stays soft?"
+    (a, b), (c, d) = (
+        [deployment.generation(text, prompt_id, words) for text in "xy"]
         for prompt_id in (parts.new_id(), parts.new_id())
-    ]
-    await store(database, *(event for pair in pairs for event in pair))
-    first = (await deployment.submit(database, parts.comparison(*pairs[0], A, user="ann"))).record
-    second = (await deployment.submit(database, parts.comparison(*pairs[1], B, user="bob"))).record
+    )
+    await store(database, a, b, c, d)
+    first = (await deployment.submit(database, parts.comparison(a, b, A, user="ann"))).record
+    second = (await deployment.submit(database, parts.comparison(c, d, B, user="bob"))).record
     found = await find(database, first.feedback_id, second.feedback_id)
     assert [stands(record) for record in found] == [("APART", "contested", 0.0)] * 2
     other = Deployment(deployment.key, tenant="other")
-    pair = [other.generation(text, words="How long do I boil an egg so that it stays soft?") for text in "xy"]
-    pair[1].generation.prompt_id = pair[0].generation.prompt_id
-    pair[1].generation.receipt.CopyFrom(other.receipt("y", pair[1].event_id, pair[0].generation.prompt_id))
-    await store(database, *pair)
-    assert stands((await other.submit(database, parts.comparison(*pair))).record)[0] == "ACCEPTED", "its own tenant"
+    prompt_id = parts.new_id()
+    e, f = (other.generation(text, prompt_id, words) for text in "xy")
+    await store(database, e, f)
+    assert stands((await other.submit(database, parts.comparison(e, f))).record)[0] == "ACCEPTED", "its own tenant"
 
 
 async def test_a_quarantined_rater_counts_for_nothing_until_released(
@@ -150,7 +150,7 @@ async def test_a_quarantined_rater_counts_for_nothing_until_released(
     await raters.quarantine(database, Rules(), who, standing.QUARANTINED, lambda: None)
     quarantined = ("QUARANTINED", "quarantined_manually", 0.0)
     assert [stands(record) for record in await find(database, *ids)] == [quarantined] * 3
-    later = (await deployment.submit(database, parts.comparison(*pairs[0][::-1]))).record
+    later = (await deployment.submit(database, parts.comparison(pairs[0][1], pairs[0][0]))).record
     assert stands(later) == quarantined
     await raters.quarantine(database, Rules(), who, standing.RELEASED, lambda: None)
     found = [stands(record)[0] for record in await find(database, *ids, later.feedback_id)]

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import networkx as nx
 import pytest
@@ -270,3 +271,12 @@ def test_duplicates_of_a_prompt_share_what_is_said_of_the_same_texts() -> None:
     there = replace(compare("bob", "y", "x"), prompt_id="its duplicate", a=other[1], b=other[0])
     assert hashlib.sha256(b"x").digest() == other[0].sha256
     assert decided([here, there]) == [apart(Reason.CONTESTED)] * 2
+
+
+def test_the_page_on_curation_lists_every_reason_and_every_setting() -> None:
+    page = (Path(__file__).parents[5] / "docs" / "curation.md").read_text()
+    cells = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    reasons = {code.strip("`"): text for code, _, text in cells[: len(Reason)]}
+    defaults = {name.strip("`"): float(default.replace(",", "")) for name, default, _ in cells[len(Reason) :]}
+    assert reasons == {reason.value: reason.explanation for reason in Reason}
+    assert defaults == {name: field.default for name, field in CurationSettings.model_fields.items()}

@@ -87,7 +87,6 @@ def test_each_vote_is_decided_once_and_as_it_would_be_by_itself() -> None:
         Reason.TIE,
         Reason.SUPERSEDED,
         Reason.QUARANTINED_COLLUSION,
-        Reason.QUARANTINED_BURST,
     }
 
 
