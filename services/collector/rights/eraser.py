@@ -106,18 +106,18 @@ class Eraser:
 
     async def _finish(self) -> None:
         pending = await self._database.read(_pending)
-        if not pending:
-            return
         for erasure_id, tenant in pending:
             samples = await self._database.read(partial(_samples, erasure_ids=[erasure_id]))
             exports = await self._database.read(partial(copies.known, tenant=tenant))
             scrubbed = await asyncio.to_thread(copies.scrub_all, exports, samples)  # 1
             await self._database.write(partial(_note, erasure_id=erasure_id, scrubbed=scrubbed))
-        await self._database.maintain(partial(vacuum, dialect=self._database.dialect))  # 2
-        ids = [erasure_id for erasure_id, _ in pending]
-        await self._database.write(partial(_mark, erasure_ids=ids))  # 3
-        metrics.ERASURES.inc(len(ids))
-        logger.info("erased", extra={"erasures": ids})
+        if pending:
+            await self._database.maintain(partial(vacuum, dialect=self._database.dialect))  # 2
+            ids = [erasure_id for erasure_id, _ in pending]
+            await self._database.write(partial(_mark, erasure_ids=ids))  # 3
+            metrics.ERASURES.inc(len(ids))
+            logger.info("erased", extra={"erasures": ids})
+        # Also where there was nothing to do: another collector on this database may have done it.
         async with self._finished:
             self._finished.notify_all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from tests.support import Process, free_port
 from tests.unit.services.collector import parts
 from tests.unit.services.collector.parts import Deployment
 from tests.unit.services.collector.rights.test_rights_forget import asked_by, found_in
+from thumbwheel.stack import STATE_FILE, StackSettings
 from thumbwheel.stream import open_log, topics
 from thumbwheel.stream.broker import EmbeddedBroker
 from thumbwheel.stream.log import Record
@@ -189,4 +191,14 @@ def test_what_is_imported_beside_a_running_collector_reaches_the_stream(stack: S
     assert exported["exported"] == 30
     written = [json.loads(line) for line in (stack.home / "out.jsonl").read_text().splitlines()]
     assert sorted(written, key=str) == sorted(rows, key=str)
+    at = dataclasses.replace(StackSettings(home=stack.home).addresses, collector=stack.collector.address)
+    (stack.home / STATE_FILE).write_text(json.dumps(dataclasses.asdict(at)))
+    forgotten = stack.run("forget", "import:set")
+    # Counts are 64 bits wide, which JSON has as text.
+    assert [forgotten[name] for name in ("feedback_erased", "generations_erased", "exported_rows_erased")] == [
+        "30",
+        "60",
+        "30",
+    ]
+    assert (stack.home / "out.jsonl").read_text() == ""
     assert stack.collector.stop() == 0

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from sqlalchemy import create_engine, select
 
+from services.collector import tables
 from services.collector.config import CollectorSettings
-from services.collector.database import Database
+from services.collector.database import Database, migrate
 from tests.postgres import Postgres
 from tests.unit.services.collector import parts
 from tests.unit.services.collector.exchange.test_exchange_files import (  # noqa: F401
@@ -19,6 +21,7 @@ from tests.unit.services.collector.exchange.test_exchange_files import (  # noqa
 from tests.unit.services.collector.parts import Deployment
 from tests.unit.services.collector.rights.test_rights_forget import (  # noqa: F401
     arrive,
+    asked_by,
     forget,
     found_in,
     test_again_says_the_same,
@@ -46,14 +49,29 @@ async def test_postgresql_holds_nothing_but_in_its_log(
         await deployment.submit(database, parts.edit(bobs, "edit-77aa"))
         await deployment.submit(database, parts.comment(bobs, "seen by bob", user="bob"))
         checkpoint(url)
-        tables, words = postgres.folder / "data" / "base", ["mine-51c9", "edit-77aa", "bobs-0aa1"]
-        assert {secret for _, secret in found_in(tables, words)} == set(words), "planted"
+        folder, words = postgres.folder / "data" / "base", ["mine-51c9", "edit-77aa", "bobs-0aa1"]
+        assert {secret for _, secret in found_in(folder, words)} == set(words), "planted"
         response = await forget(database, settings, "ann")
         assert (response.feedback_erased, response.generations_erased) == (1, 1)
         checkpoint(url)
-        assert {secret for _, secret in found_in(tables, words)} == {"bobs-0aa1"}
+        assert {secret for _, secret in found_in(folder, words)} == {"bobs-0aa1"}
     finally:
         database.close()
+
+
+async def test_users_and_consent_of_the_version_before_are_carried_over(url: str, deployment: Deployment) -> None:
+    mine, nobodys = asked_by(deployment, "ann", "x"), deployment.generation("y")
+    nobodys.consent = False
+    database = Database(url)
+    await arrive(database, mine, nobodys)
+    database.close()
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        migrate(connection, down_to="0002")
+        migrate(connection)
+        rows = connection.execute(select(tables.generations.c.user_id, tables.generations.c.consent)).all()
+    engine.dispose()
+    assert sorted(tuple(row) for row in rows) == [("", False), ("ann", True)]
 
 
 def checkpoint(url: str) -> None:

@@ -71,9 +71,13 @@ def downgrade() -> None:
     op.drop_column("generations", "user_id")
 
 
+def _said(event: GenerationEvent) -> dict[str, str | bool]:
+    return {"user": event.user_id[:128], "agreed": not event.HasField("consent") or event.consent}
+
+
 def _fill_in_users(connection: sa.Connection) -> None:
-    """Takes the user out of each event, a page at a time."""
-    table = sa.table("generations", *(sa.column(name) for name in ("generation_id", "event", "user_id")))
+    """Takes user and consent out of each event, a page at a time."""
+    table = sa.table("generations", *(sa.column(name) for name in ("generation_id", "event", "user_id", "consent")))
     after = ""
     while True:
         page = connection.execute(
@@ -84,9 +88,7 @@ def _fill_in_users(connection: sa.Connection) -> None:
         ).all()
         if not page:
             return
-        users = [{"id": id, "user": GenerationEvent.FromString(event).user_id[:128]} for id, event in page]
-        connection.execute(
-            sa.update(table).where(table.c.generation_id == sa.bindparam("id")).values(user_id=sa.bindparam("user")),
-            users,
-        )
+        said = [{"id": id, **_said(GenerationEvent.FromString(event))} for id, event in page]
+        here = sa.update(table).where(table.c.generation_id == sa.bindparam("id"))
+        connection.execute(here.values(user_id=sa.bindparam("user"), consent=sa.bindparam("agreed")), said)
         after = page[-1].generation_id

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, Select, func, select
+from sqlalchemy import Connection, Select, func, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.schema import CreateTable
@@ -132,6 +132,32 @@ async def test_a_key_taken_meanwhile_is_seen_the_second_time(database: Database)
 
     assert await database.write(write) == "a"
     assert await database.read(ids) == ["a"]
+
+
+async def test_maintenance_runs_alone_and_in_no_transaction(database: Database) -> None:
+    def look(connection: sqlite3.Connection) -> tuple[bool, int]:
+        connection.execute("VACUUM").close()
+        return connection.in_transaction, connection.execute("select count(*) from outbox").fetchone()[0]
+
+    before = [asyncio.create_task(database.write(partial(put, id=str(i)))) for i in range(3)]
+    looking = asyncio.create_task(database.maintain(look))
+    after = asyncio.create_task(database.write(lambda c: put(c, "after")))
+    assert await looking == (False, 3)
+    assert await asyncio.gather(*before, after) == ["0", "1", "2", "after"]
+    with pytest.raises(errors.Unavailable, match="no such table"):
+        await database.maintain(lambda connection: connection.execute("select * from nothing"))
+    with pytest.raises(ZeroDivisionError):
+        await database.maintain(lambda _: 1 / 0)
+    assert await database.write(lambda c: put(c, "later")) == "later"
+
+
+async def test_an_error_of_the_database_quotes_nothing_of_what_people_said(database: Database) -> None:
+    def fail(connection: Connection) -> None:
+        connection.execute(text("insert into outbox (nothing) values (:said)"), {"said": "a secret"})
+
+    with pytest.raises(errors.Unavailable) as raised:
+        await database.write(fail)
+    assert "a secret" not in f"{raised.value} {raised.value.__cause__}"
 
 
 async def test_a_full_disk_is_said_and_survived(database: Database) -> None:
