@@ -145,7 +145,7 @@ async def test_maintenance_runs_alone_and_in_no_transaction(database: Database) 
     assert await looking == (False, 3)
     assert await asyncio.gather(*before, after) == ["0", "1", "2", "after"]
     with pytest.raises(errors.Unavailable, match="no such table"):
-        await database.maintain(lambda connection: connection.execute("select * from nothing"))
+        await database.maintain(lambda connection: connection.execute("select * from absent"))
     with pytest.raises(ZeroDivisionError):
         await database.maintain(lambda _: 1 / 0)
     assert await database.write(lambda c: put(c, "later")) == "later"
@@ -153,7 +153,7 @@ async def test_maintenance_runs_alone_and_in_no_transaction(database: Database) 
 
 async def test_an_error_of_the_database_quotes_nothing_of_what_people_said(database: Database) -> None:
     def fail(connection: Connection) -> None:
-        connection.execute(text("insert into outbox (nothing) values (:said)"), {"said": "a secret"})
+        connection.execute(text("insert into outbox (absent) values (:said)"), {"said": "a secret"})
 
     with pytest.raises(errors.Unavailable) as raised:
         await database.write(fail)
