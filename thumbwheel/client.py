@@ -39,6 +39,15 @@ PromptLike: TypeAlias = "str | Sequence[Message] | policy_pb.Prompt"
 Choice: TypeAlias = Literal["a", "b", "tie", "both_bad"]
 """A verdict on two responses."""
 
+Signal: TypeAlias = Literal["copied", "regenerated", "abandoned", "dwelled"]
+"""What a user did with a response."""
+
+_SIGNALS = {
+    "copied": preference_pb.IMPLICIT_KIND_COPIED,
+    "regenerated": preference_pb.IMPLICIT_KIND_REGENERATED,
+    "abandoned": preference_pb.IMPLICIT_KIND_ABANDONED,
+    "dwelled": preference_pb.IMPLICIT_KIND_DWELLED,
+}
 _ROLES = {"system": policy_pb.ROLE_SYSTEM, "user": policy_pb.ROLE_USER, "assistant": policy_pb.ROLE_ASSISTANT}
 _CHOICES = {
     "a": preference_pb.PREFERENCE_A,
@@ -241,6 +250,48 @@ class AsyncClient:
         with _translated():
             return await self._collector.SubmitFeedback(request, **self._call)
 
+    async def implicit(
+        self,
+        generation: policy_pb.Generation,
+        kind: Signal,
+        *,
+        user_id: str,
+        seconds: float | None = None,
+        key: str = "",
+    ) -> preference_pb.SubmitFeedbackResponse:
+        """What a user did with a response: weak evidence. `seconds` belongs to "dwelled". Durable when it returns."""
+        signal = preference_pb.ImplicitSignal(receipt=generation.receipt, kind=_SIGNALS[kind], seconds=seconds)
+        return await self.submit(preference_pb.Feedback(user_id=user_id, idempotency_key=key, implicit=signal))
+
+    async def submit_batch(self, feedback: Sequence[preference_pb.Feedback]) -> list[preference_pb.FeedbackResult]:
+        """Any number of pieces; what became of each, in their order. Keys are given as `submit` gives them."""
+        results: list[preference_pb.FeedbackResult] = []
+        for one in feedback:
+            if not one.idempotency_key:
+                one.idempotency_key = str(uuid_utils.uuid7())
+        with _translated():
+            for start in range(0, len(feedback), 1000):
+                request = preference_pb.SubmitFeedbackBatchRequest(feedback=feedback[start : start + 1000])
+                results.extend((await self._collector.SubmitFeedbackBatch(request, **self._call)).results)
+        return results
+
+    async def list_feedback(self, request: preference_pb.ListFeedbackRequest) -> preference_pb.ListFeedbackResponse:
+        """A page of feedback by state, reason, user and prompt, newest first."""
+        with _translated():
+            return await self._collector.ListFeedback(request, **self._call)
+
+    async def guidelines(self, version: str = "") -> preference_pb.GetGuidelinesResponse:
+        """What to show people before they judge; the newest version where none is named."""
+        with _translated():
+            request = preference_pb.GetGuidelinesRequest(version=version)
+            return await self._collector.GetGuidelines(request, **self._call)
+
+    async def next_comparison(self, user_id: str) -> preference_pb.NextComparisonResponse:
+        """Two responses worth comparing that this user has not seen; show `a` first. Raises `errors.NotFound`."""
+        with _translated():
+            request = preference_pb.NextComparisonRequest(user_id=user_id)
+            return await self._collector.NextComparison(request, **self._call)
+
     async def retract(self, feedback_id: str, *, user_id: str) -> preference_pb.FeedbackRecord:
         """Takes feedback back."""
         request = preference_pb.RetractRequest(feedback_id=feedback_id, user_id=user_id)
@@ -358,6 +409,36 @@ class Client:
     ) -> preference_pb.SubmitFeedbackResponse:
         """Words about a response. Durable when it returns."""
         return self._portal.call(lambda: self._client.comment(generation, text, user_id=user_id, key=key))
+
+    def implicit(
+        self,
+        generation: policy_pb.Generation,
+        kind: Signal,
+        *,
+        user_id: str,
+        seconds: float | None = None,
+        key: str = "",
+    ) -> preference_pb.SubmitFeedbackResponse:
+        """What a user did with a response: weak evidence. `seconds` belongs to "dwelled". Durable when it returns."""
+        return self._portal.call(
+            lambda: self._client.implicit(generation, kind, user_id=user_id, seconds=seconds, key=key)
+        )
+
+    def submit_batch(self, feedback: Sequence[preference_pb.Feedback]) -> list[preference_pb.FeedbackResult]:
+        """Any number of pieces; what became of each, in their order."""
+        return self._portal.call(self._client.submit_batch, feedback)
+
+    def list_feedback(self, request: preference_pb.ListFeedbackRequest) -> preference_pb.ListFeedbackResponse:
+        """A page of feedback by state, reason, user and prompt, newest first."""
+        return self._portal.call(self._client.list_feedback, request)
+
+    def guidelines(self, version: str = "") -> preference_pb.GetGuidelinesResponse:
+        """What to show people before they judge; the newest version where none is named."""
+        return self._portal.call(self._client.guidelines, version)
+
+    def next_comparison(self, user_id: str) -> preference_pb.NextComparisonResponse:
+        """Two responses worth comparing that this user has not seen; show `a` first. Raises `errors.NotFound`."""
+        return self._portal.call(self._client.next_comparison, user_id)
 
     def retract(self, feedback_id: str, *, user_id: str) -> preference_pb.FeedbackRecord:
         """Takes feedback back."""

@@ -184,11 +184,11 @@ def test_killed_while_it_joins(stack: Stack) -> None:
     """Feedback comes first, then its generations, with a kill -9 among them: each is joined exactly once."""
     stack.broker.start()
     stack.start()
-    generations, feedback = votes(stack, 300)
+    generations, feedback = votes(stack, 150)
     acked = [stack.submit(one).feedback_id for one in feedback]
-    stack.publish(*generations[:300])
+    stack.publish(*generations[:150])
     stack.wait_joined(acked[:1])
-    stack.publish(*generations[300:], *generations[:100])
+    stack.publish(*generations[150:], *generations[:50])
     stack.collector.kill()
     stack.start()
     stack.wait_joined(acked)

@@ -29,6 +29,7 @@ from services.collector.submission import Checker
 from tests.unit.services.collector import parts
 from tests.unit.services.collector.parts import TIE, A, B, Deployment, curator_of, store
 from thumbwheel import errors, serving
+from thumbwheel.client import AsyncClient
 from thumbwheel.stream import topics
 from thumbwheel.v1 import preference_pb2_grpc
 from thumbwheel.v1.events_pb2 import ComparisonEvent
@@ -54,7 +55,8 @@ OTHER_TENANT = ((serving.TENANT_KEY, "other"),)
 class Client:
     """The stub, and how often the relay was woken."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, address: str) -> None:
+        self.address = address
         self.stub = preference_pb2_grpc.PreferenceServiceStub(channel)
         self.woken = 0
 
@@ -72,7 +74,7 @@ async def client(database: Database, deployment: Deployment, eraser: Eraser) -> 
     server = grpc.aio.server(interceptors=[serving.CallInterceptor()])
     port = server.add_insecure_port("127.0.0.1:0")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        client = Client(channel)
+        client = Client(channel, f"127.0.0.1:{port}")
         asking = Asking(database, draw=random.Random(0))
         checker = Checker(deployment.key, 1_000)
         preferences = Preferences(database, checker, curator_of(database), asking, eraser, client.wake)
@@ -336,6 +338,26 @@ async def test_the_next_comparison_is_shown_once_and_its_propensity_kept(
     await client.stub.NextComparison(NextComparisonRequest(user_id="bob"))
     async with refused(grpc.StatusCode.NOT_FOUND):
         await client.stub.NextComparison(NextComparisonRequest(user_id="bob"), metadata=OTHER_TENANT)
+
+
+async def test_the_client_library_does_all_of_it(client: Client, database: Database, deployment: Deployment) -> None:
+    a, b = deployment.pair()
+    await store(database, a, b)
+    async with AsyncClient(collector=client.address) as app:
+        guidelines = await app.guidelines()
+        assert await app.guidelines(guidelines.version) == guidelines
+        picked = await app.next_comparison("ann")
+        vote = parts.comparison(a, b, user="bob")
+        vote.ClearField("idempotency_key")
+        [result] = await app.submit_batch([vote])
+        assert result.recorded.feedback_id
+        await app.implicit(picked.a, "dwelled", user_id="ann", seconds=2.5)
+        await app.implicit(picked.a, "copied", user_id="ann")
+        page = await app.list_feedback(ListFeedbackRequest(reason="weak_evidence"))
+        assert [record.feedback.implicit.seconds for record in page.records] == [0.0, 2.5]
+        assert {record.state for record in page.records} == {FeedbackState.FEEDBACK_STATE_RECORDED}
+        with pytest.raises(errors.NotFound):
+            await app.next_comparison("ann")
 
 
 async def test_metrics_count_what_happened(client: Client, database: Database, deployment: Deployment) -> None:
