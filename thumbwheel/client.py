@@ -242,13 +242,16 @@ class AsyncClient:
 
     async def submit(self, feedback: preference_pb.Feedback) -> preference_pb.SubmitFeedbackResponse:
         """Any feedback; gives it an idempotency key if it has none, so that a retry is not counted twice."""
+        self._complete(feedback)
+        request = preference_pb.SubmitFeedbackRequest(feedback=feedback)
+        with _translated():
+            return await self._collector.SubmitFeedback(request, **self._call)
+
+    def _complete(self, feedback: preference_pb.Feedback) -> None:
         if not feedback.idempotency_key:
             feedback.idempotency_key = str(uuid_utils.uuid7())
         if self._consent is not None and not feedback.HasField("consent"):
             feedback.consent = self._consent
-        request = preference_pb.SubmitFeedbackRequest(feedback=feedback)
-        with _translated():
-            return await self._collector.SubmitFeedback(request, **self._call)
 
     async def implicit(
         self,
@@ -267,8 +270,7 @@ class AsyncClient:
         """Any number of pieces; what became of each, in their order. Keys are given as `submit` gives them."""
         results: list[preference_pb.FeedbackResult] = []
         for one in feedback:
-            if not one.idempotency_key:
-                one.idempotency_key = str(uuid_utils.uuid7())
+            self._complete(one)
         with _translated():
             for start in range(0, len(feedback), 1000):
                 request = preference_pb.SubmitFeedbackBatchRequest(feedback=feedback[start : start + 1000])

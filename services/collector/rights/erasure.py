@@ -70,13 +70,13 @@ class Content:
 def forget(connection: Connection, rules: Rules, tenant: str, user_id: str) -> str:
     """Erases all of a user: feedback, the generations they asked for, and what anyone said of those.
 
-    Generations that name no user count as theirs where they judged them. Returns the erasure's id. Again, it
+    Generations that name no user count as theirs where they alone judged them. Returns the erasure's id. Again, it
     erases what has come since, which is nothing.
     """
     erasure_id = str(uuid7())
     theirs = Content()
     _add(theirs.feedback, connection, _feedback(feedback.c.tenant == tenant, feedback.c.user_id == user_id))
-    judged = sorted(theirs.prompts)
+    judged = sorted(theirs.prompts - _judged_by_others(connection, tenant, user_id, theirs.prompts))
     mine = [generations.c.tenant == tenant, generations.c.user_id == user_id]
     _add(theirs.generations, connection, _generations(*mine))
     for some in pages(judged):
@@ -272,6 +272,16 @@ def _may_be_of(letter: DeadLetter, tenant: str, user_id: str) -> bool:
     except DecodeError:
         return user_id.encode() in letter.value
     return event.user_id == user_id and event.tenant in (tenant, "")
+
+
+def _judged_by_others(connection: Connection, tenant: str, user_id: str, prompt_ids: set[str]) -> set[str]:
+    found: set[str] = set()
+    for page in pages(sorted(prompt_ids)):
+        others = select(feedback.c.prompt_id).where(
+            feedback.c.tenant == tenant, feedback.c.prompt_id.in_(page), feedback.c.user_id != user_id
+        )
+        found.update(connection.execute(others).scalars())
+    return found
 
 
 def _with_generations(connection: Connection, tenant: str, prompt_ids: Sequence[str]) -> set[str]:

@@ -50,7 +50,7 @@ def present(connection: Connection, hashes: Sequence[bytes]) -> set[bytes]:
 
 
 def admitted(connection: Connection, events: Sequence[GenerationEvent]) -> list[GenerationEvent]:
-    """The generations but those of forgotten users, and those without a user that answer a forgotten user's prompt."""
+    """The generations but those of forgotten users, and those without a user that answer an erased prompt."""
     users = [user_hash(event.tenant, event.user_id) for event in events]
     prompts = [prompt_hash(event.tenant, event.generation.prompt_id) for event in events]
     there = present(connection, [*dict.fromkeys((*users, *prompts))])

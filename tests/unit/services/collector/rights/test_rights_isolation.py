@@ -22,6 +22,7 @@ from services.collector.submission import Checker
 from tests.unit.services.collector import parts
 from tests.unit.services.collector.parts import Deployment
 from thumbwheel import serving
+from thumbwheel.client import AsyncClient
 from thumbwheel.v1 import preference_pb2 as pb
 from thumbwheel.v1 import preference_pb2_grpc
 
@@ -30,9 +31,7 @@ THEIRS = ((serving.TENANT_KEY, "theirs"),)
 
 
 @pytest.fixture
-async def stub(
-    database: Database, deployment: Deployment, settings: CollectorSettings
-) -> AsyncIterator[preference_pb2_grpc.PreferenceServiceStub]:
+async def address(database: Database, deployment: Deployment, settings: CollectorSettings) -> AsyncIterator[str]:
     server = grpc.aio.server(interceptors=[serving.CallInterceptor()])
     port = server.add_insecure_port("127.0.0.1:0")
     eraser = Eraser(database, settings, Tenants(), lambda: None)
@@ -42,11 +41,16 @@ async def stub(
     preference_pb2_grpc.add_PreferenceServiceServicer_to_server(service, server)
     await server.start()
     erasing = asyncio.create_task(eraser.run())
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield preference_pb2_grpc.PreferenceServiceStub(channel)
+    yield f"127.0.0.1:{port}"
     erasing.cancel()
     await asyncio.wait([erasing])
     await server.stop(None)
+
+
+@pytest.fixture
+async def stub(address: str) -> AsyncIterator[preference_pb2_grpc.PreferenceServiceStub]:
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield preference_pb2_grpc.PreferenceServiceStub(channel)
 
 
 @contextlib.contextmanager
@@ -54,6 +58,23 @@ def refused(code: grpc.StatusCode) -> Any:
     with pytest.raises(grpc.aio.AioRpcError) as raised:
         yield
     assert raised.value.code() == code, raised.value.details()
+
+
+async def test_a_client_says_of_everything_whether_its_users_agree(
+    address: str, database: Database, deployment: Deployment
+) -> None:
+    pair = deployment.pair()
+    await parts.store(database, *pair)
+    async with AsyncClient(collector=address, consent=False) as client:
+        ids = [(await client.compare(pair[0].generation, pair[1].generation, "a", user_id="ann")).feedback_id]
+        said = parts.thumb(pair[0], user="bob")
+        said.consent = True
+        results = await client.submit_batch([parts.thumb(pair[0], user="cyd"), said])
+        ids += [result.recorded.feedback_id for result in results]
+        reasons = [record.reason for record in await client.feedback(ids)]
+        assert reasons == ["no_consent", "no_consent", "unpaired_thumb"], "what is said of one counts for that one"
+        forgotten = await client.forget("ann")
+        assert (forgotten.feedback_erased, forgotten.generations_erased) == (1, 0), "others judged it too"
 
 
 async def test_no_call_shows_or_touches_another_tenants_data(
