@@ -52,6 +52,21 @@ async def replay(database: Database, text: str) -> int:
     return await database.write(partial(outbox.replay, since=since(text)))
 
 
+async def release(database: Database, rules: Rules, feedback_id: str) -> None:
+    """Lifts every quarantine from one piece of feedback, whoever gave it. Raises `errors.NotFound`."""
+    await database.write(partial(_release, rules=rules, feedback_id=feedback_id))
+
+
+def _release(connection: Connection, rules: Rules, feedback_id: str) -> None:
+    here = feedback.c.feedback_id == feedback_id
+    row = connection.execute(select(feedback.c.tenant, feedback.c.group_id).where(here)).one_or_none()
+    if row is None:
+        raise errors.NotFound(f"There is no feedback {feedback_id!r}.", remedy="See `thumbwheel feedback list`.")
+    connection.execute(update(feedback).where(here).values(released=True))
+    if row.group_id is not None:
+        decide(connection, rules, row.tenant, [row.group_id])
+
+
 async def declare_gold(database: Database, rules: Rules, feedback_id: str) -> None:
     """Makes the pair that this feedback judged a control question, and its judgement the known answer.
 
