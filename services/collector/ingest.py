@@ -47,7 +47,7 @@ class Batch:
     topic_ids: Mapping[str, str]
 
     def apply(self, connection: Connection, curator: Curator) -> list[Recorded]:
-        """Writes the batch. Returns the feedback that was joined, and what that changed."""
+        """Writes the batch. Returns the feedback that was joined."""
         joined = ledger.store(connection, curator, self.events)
         outbox.add(connection, [outbox.Event(d.event_id, topics.DEADLETTER, d.topic, d) for d in self.dead])
         outbox.save_positions(connection, self.positions)

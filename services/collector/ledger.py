@@ -159,7 +159,7 @@ def find(connection: Connection, feedback_ids: Sequence[str], tenant: str) -> li
 
 
 def store(connection: Connection, curator: Curator, events: Iterable[GenerationEvent]) -> list[Recorded]:
-    """Stores generations, once each, and joins the feedback that waited for them. Returns what changed by that."""
+    """Stores generations, once each, and joins the feedback that waited for them. Returns what was joined."""
     arrived: dict[str, GenerationEvent] = {}
     for event in events:
         arrived.setdefault(event.generation.generation_id, event)
@@ -206,7 +206,8 @@ def _settle(
     prompt_ids = {id: submission.prompt_id for id, submission, _ in ready}
     outbox.add(connection, [records.event_of(one, prompt_ids[one.record.feedback_id], traceparent) for one in told])
     for (tenant, group), ids in teaching.items():
-        told += decide(connection, curator.rules, tenant, [group], new=ids, traceparent=traceparent)
+        changed = decide(connection, curator.rules, tenant, [group], new=ids, traceparent=traceparent)
+        told += [one for one in changed if one.record.feedback_id in prompt_ids]
     return sorted(told, key=lambda one: one.record.feedback_id)
 
 

@@ -19,12 +19,14 @@ from services.collector.tables import feedback, feedback_generations, gold
 from thumbwheel import errors
 
 BEGINNING = "beginning"
+OPERATOR_SECONDS = 3_600.0
+"""Putting back a backup, or marking a whole outbox, may take long."""
 
 
 @asynccontextmanager
 async def opened(settings: CollectorSettings) -> AsyncIterator[Database]:
     """The database of these settings."""
-    database = await asyncio.to_thread(Database, settings.database_url)
+    database = await asyncio.to_thread(Database, settings.database_url, timeout=OPERATOR_SECONDS)
     try:
         yield database
     finally:
