@@ -74,6 +74,21 @@ async def test_the_last_judgement_of_a_user_stands(database: Database, deploymen
     assert told(await published(database))[-1] == (RETRACTED, one, 4, "retracted_by_user")
 
 
+async def test_what_waits_is_withdrawn_with_its_correction(database: Database, deployment: Deployment) -> None:
+    a, b = deployment.pair()
+    first = (await deployment.submit(database, parts.comparison(a, b, A))).record
+    second = (await deployment.submit(database, parts.comparison(a, b, B))).record
+    await retract(database, second.feedback_id)
+    found = await find(database, first.feedback_id, second.feedback_id)
+    assert [stands(record)[0] for record in found] == ["SUPERSEDED", "RETRACTED"]
+    assert found[0].superseded_by == second.feedback_id
+    await store(database, a, b)
+    assert await published(database) == []
+    rows = await database.read(partial(outbox.waiting, limit=100))
+    events = parts.feedback_records([row.value for row in rows if row.topic == topics.FEEDBACK])
+    assert [stands(record)[0] for record in events] == ["HELD", "HELD", "SUPERSEDED", "RETRACTED"]
+
+
 async def test_a_later_vote_that_closes_a_cycle_takes_earlier_ones_back(
     database: Database, deployment: Deployment
 ) -> None:
