@@ -145,6 +145,14 @@ def trust(
 
 
 @app.command()
+def release(feedback_id: str, home: Home = None, database: Url = None) -> None:
+    """Lift every quarantine from one piece of feedback, whoever gave it."""
+    from services.collector import operate
+
+    _run(home, database, lambda opened, settings: operate.release(opened, settings.rules, feedback_id))
+
+
+@app.command()
 def gold(feedback_id: str, home: Home = None, database: Url = None) -> None:
     """Make the pair of this comparison a control question, with its verdict as the known answer."""
     from services.collector import operate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -57,7 +57,7 @@ class Asking:
             pick = picking.pick(picking.probabilities(found, self.shares, unsure), self.draw)
             note = partial(picked.note, tenant=tenant, user_id=user_id, pair=pick.pair)
             if await self.database.write(partial(note, propensity=pick.propensity, strategy=pick.strategy)):
-                events = await self.database.read(partial(_events, pair=pick.pair))
+                events = await self.database.read(partial(_events, ids=pick.pair))
                 first, second = events[pick.pair.first], events[pick.pair.second]
                 return NextComparisonResponse(
                     prompt=first.prompt,
@@ -75,9 +75,7 @@ class Asking:
         """|p - 1/2| of the pairs by the reward model (Bradley-Terry); nothing where there is none, or it is away."""
         if self.reward is None:
             return {}
-        events: dict[str, GenerationEvent] = {}
-        for one in pool:
-            events |= await self.database.read(partial(_events, pair=one.pair))
+        events = await self.database.read(partial(_events, ids={id for one in pool for id in one.pair}))
         ids = sorted(events)
         items = [ScoreItem(prompt=events[id].prompt, response=events[id].generation.text) for id in ids]
         try:
@@ -90,8 +88,8 @@ class Asking:
         return {pair: abs(0.5 * math.tanh(margin / 2)) for pair, margin in margins.items()}
 
 
-def _events(connection: Connection, pair: Pair) -> dict[str, GenerationEvent]:
+def _events(connection: Connection, ids: Collection[str]) -> dict[str, GenerationEvent]:
     rows = connection.execute(
-        select(generations.c.generation_id, generations.c.event).where(generations.c.generation_id.in_(list(pair)))
+        select(generations.c.generation_id, generations.c.event).where(generations.c.generation_id.in_(list(ids)))
     )
     return {id: GenerationEvent.FromString(data) for id, data in rows}

@@ -49,7 +49,7 @@ class Batch:
     topic_ids: Mapping[str, str]
 
     def apply(self, connection: Connection, curator: Curator, tenants: Tenants) -> list[Recorded]:
-        """Writes the batch, but what must not be kept. Returns the feedback that was joined, and what that changed."""
+        """Writes the batch, but what must not be kept. Returns the feedback that was joined."""
         joined = ledger.store(connection, curator, admission.admitted(connection, self.events, tenants))
         outbox.add(connection, [outbox.Event(d.event_id, topics.DEADLETTER, d.topic, d) for d in self.dead])
         outbox.save_positions(connection, self.positions)

@@ -133,22 +133,28 @@ def retract(
         return records.recorded(row, changed=False)
     _set(connection, feedback_id, state=RETRACTED, reason=RETRACTED_BY_USER, weight=0.0)
     if row.item is not None:
-        # Who corrected a judgement and takes the correction back has none: the earlier one does not rise again.
-        older = (feedback.c.received_at < row.received_at) | (
-            (feedback.c.received_at == row.received_at) & (feedback.c.feedback_id < feedback_id)
-        )
-        same = (feedback.c.tenant == tenant) & (feedback.c.user_id == user_id) & (feedback.c.item == row.item)
-        connection.execute(
-            update(feedback)
-            .where(same, older, feedback.c.state != RETRACTED)
-            .values(joined=WITHDRAWN, state="SUPERSEDED", reason="superseded", superseded_by=feedback_id, weight=0.0)
-        )
+        _withdraw_older(connection, row, traceparent)
     [row] = _rows(connection, [feedback_id])
     told = records.recorded(row, changed=True)
     outbox.add(connection, [records.event_of(told, row.prompt_id, traceparent)])
     if row.group_id is not None:
         decide(connection, curator.rules, tenant, [row.group_id], traceparent=traceparent)
     return told
+
+
+def _withdraw_older(connection: Connection, retracted: Row[Any], traceparent: str) -> None:
+    """Who corrected a judgement and takes the correction back has none: the earlier one does not rise again."""
+    older = (feedback.c.received_at < retracted.received_at) | (
+        (feedback.c.received_at == retracted.received_at) & (feedback.c.feedback_id < retracted.feedback_id)
+    )
+    same = (feedback.c.tenant == retracted.tenant) & (feedback.c.user_id == retracted.user_id)
+    earlier = same & (feedback.c.item == retracted.item) & older & (feedback.c.state != RETRACTED)
+    waited = list(connection.execute(select(feedback.c.feedback_id).where(earlier, held)).scalars())
+    connection.execute(update(feedback).where(earlier).values(joined=WITHDRAWN))
+    for id in waited:
+        _set(connection, id, state="SUPERSEDED", reason="superseded", superseded_by=retracted.feedback_id)
+    told = [(records.recorded(row, changed=True), row.prompt_id) for row in _rows(connection, waited)]
+    outbox.add(connection, [records.event_of(one, prompt_id, traceparent) for one, prompt_id in told])
 
 
 def find(connection: Connection, feedback_ids: Sequence[str], tenant: str) -> list[FeedbackRecord]:
@@ -161,7 +167,7 @@ def find(connection: Connection, feedback_ids: Sequence[str], tenant: str) -> li
 
 
 def store(connection: Connection, curator: Curator, events: Iterable[GenerationEvent]) -> list[Recorded]:
-    """Stores generations, once each, and joins the feedback that waited for them. Returns what changed by that."""
+    """Stores generations, once each, and joins the feedback that waited for them. Returns what was joined."""
     arrived: dict[str, GenerationEvent] = {}
     for event in events:
         arrived.setdefault(event.generation.generation_id, event)
@@ -208,7 +214,8 @@ def _settle(
     prompt_ids = {id: submission.prompt_id for id, submission, _ in ready}
     outbox.add(connection, [records.event_of(one, prompt_ids[one.record.feedback_id], traceparent) for one in told])
     for (tenant, group), ids in teaching.items():
-        told += decide(connection, curator.rules, tenant, [group], new=ids, traceparent=traceparent)
+        changed = decide(connection, curator.rules, tenant, [group], new=ids, traceparent=traceparent)
+        told += [one for one in changed if one.record.feedback_id in prompt_ids]
     return sorted(told, key=lambda one: one.record.feedback_id)
 
 

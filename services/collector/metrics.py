@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 FEEDBACK = Counter(
     "thumbwheel_collector_feedback_total", "Times that feedback came to stand in a state.", ["kind", "state"]
 )
+RECURATED = Counter(
+    "thumbwheel_collector_recurated_total", "Times that feedback changed its state because its user's standing did."
+)
 DUPLICATES = Counter("thumbwheel_collector_duplicates_total", "Submissions that had been recorded before.")
 REFUSED = Counter("thumbwheel_collector_refused_total", "Calls refused, by kind of error.", ["reason"])
 COMMIT_SECONDS = Histogram(

@@ -19,12 +19,14 @@ from services.collector.tables import feedback, feedback_generations, gold
 from thumbwheel import errors
 
 BEGINNING = "beginning"
+OPERATOR_SECONDS = 3_600.0
+"""Putting back a backup, or marking a whole outbox, may take long."""
 
 
 @asynccontextmanager
 async def opened(settings: CollectorSettings) -> AsyncIterator[Database]:
     """The database of these settings."""
-    database = await asyncio.to_thread(Database, settings.database_url)
+    database = await asyncio.to_thread(Database, settings.database_url, timeout=OPERATOR_SECONDS)
     try:
         yield database
     finally:
@@ -50,6 +52,21 @@ def since(text: str) -> int:
 async def replay(database: Database, text: str) -> int:
     """Everything from that time on is to be published again. Returns how many events wait for it."""
     return await database.write(partial(outbox.replay, since=since(text)))
+
+
+async def release(database: Database, rules: Rules, feedback_id: str) -> None:
+    """Lifts every quarantine from one piece of feedback, whoever gave it. Raises `errors.NotFound`."""
+    await database.write(partial(_release, rules=rules, feedback_id=feedback_id))
+
+
+def _release(connection: Connection, rules: Rules, feedback_id: str) -> None:
+    here = feedback.c.feedback_id == feedback_id
+    row = connection.execute(select(feedback.c.tenant, feedback.c.group_id).where(here)).one_or_none()
+    if row is None:
+        raise errors.NotFound(f"There is no feedback {feedback_id!r}.", remedy="See `thumbwheel feedback list`.")
+    connection.execute(update(feedback).where(here).values(released=True))
+    if row.group_id is not None:
+        decide(connection, rules, row.tenant, [row.group_id])
 
 
 async def declare_gold(database: Database, rules: Rules, feedback_id: str) -> None:

@@ -116,7 +116,7 @@ async def curate_stale(database: Database, rules: Rules, committed: Callable[[],
         after = ""
         while groups := await database.read(partial(_groups_of, who=who, after=after)):
             told = await database.write(partial(decide, rules=rules, tenant=who.tenant, groups=groups))
-            metrics.told(told)
+            metrics.RECURATED.inc(len(told))
             committed()
             after = groups[-1]
         await database.write(partial(_update, who=who, values={"stale": False}))

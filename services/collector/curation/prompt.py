@@ -167,12 +167,10 @@ def _resolve(judgements: list[_Judgement], settings: CurationSettings) -> list[D
         reason = None
         if net[edge] < 0:
             reason = Reason.OUTVOTED
-        elif net[edge] == 0:
-            reason = Reason.CONTESTED
         elif edge in cyclic:
             reason = Reason.CYCLE
         for judged in of_edge:
-            # What speaks against the pair is shared out over what speaks for it.
+            # What speaks against the pair is shared out over what speaks for it; perhaps nothing remains.
             weight = 0 if reason else judged.weight * net[edge] // weights[edge]
             if weight > 0:
                 accepted.append((judged, weight))

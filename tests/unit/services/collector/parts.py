@@ -190,5 +190,9 @@ def comparisons(records: list[Record]) -> list[ComparisonEvent]:
     return [ComparisonEvent.FromString(record.value) for record in records]
 
 
+def feedback_records(values: list[bytes]) -> list[FeedbackRecord]:
+    return [FeedbackEvent.FromString(value).record for value in values]
+
+
 def feedback_events(records: list[Record]) -> list[FeedbackEvent]:
     return [FeedbackEvent.FromString(record.value) for record in records]

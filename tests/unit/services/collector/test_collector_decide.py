@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from services.collector import guide, ledger, outbox, raters, standing, tables
+from services.collector import guide, ledger, operate, outbox, raters, standing, tables
 from services.collector.curation import CurationSettings, RaterId
 from services.collector.database import Database
 from services.collector.identity import Arrival
 from services.collector.ledger import Curator
 from services.collector.rules import Rules
+from services.collector.standing import everything
 from services.collector.submission import Checker
 from tests.unit.services.collector import parts
-from tests.unit.services.collector.parts import A, B, Deployment, curator_of, find, published, retract, store
+from tests.unit.services.collector.parts import TIE, A, B, Deployment, curator_of, find, published, retract, store
 from thumbwheel import errors
 from thumbwheel.stream import topics
 from thumbwheel.v1.events_pb2 import ComparisonEvent, ComparisonSource, ComparisonState, GenerationEvent, ThumbEvent
@@ -71,6 +72,21 @@ async def test_the_last_judgement_of_a_user_stands(database: Database, deploymen
     states = [stands(record)[0] for record in await find(database, *(r.feedback_id for r in records))]
     assert states == ["SUPERSEDED"] * 3 + ["RETRACTED"], "what was corrected does not rise again"
     assert told(await published(database))[-1] == (RETRACTED, one, 4, "retracted_by_user")
+
+
+async def test_what_waits_is_withdrawn_with_its_correction(database: Database, deployment: Deployment) -> None:
+    a, b = deployment.pair()
+    first = (await deployment.submit(database, parts.comparison(a, b, A))).record
+    second = (await deployment.submit(database, parts.comparison(a, b, B))).record
+    await retract(database, second.feedback_id)
+    found = await find(database, first.feedback_id, second.feedback_id)
+    assert [stands(record)[0] for record in found] == ["SUPERSEDED", "RETRACTED"]
+    assert found[0].superseded_by == second.feedback_id
+    await store(database, a, b)
+    assert await published(database) == []
+    rows = await database.read(partial(outbox.waiting, limit=100))
+    events = parts.feedback_records([row.value for row in rows if row.topic == topics.FEEDBACK])
+    assert [stands(record)[0] for record in events] == ["HELD", "HELD", "SUPERSEDED", "RETRACTED"]
 
 
 async def test_a_later_vote_that_closes_a_cycle_takes_earlier_ones_back(
@@ -157,6 +173,33 @@ async def test_a_quarantined_rater_counts_for_nothing_until_released(
     assert found == ["SUPERSEDED", "ACCEPTED", "ACCEPTED", "ACCEPTED"]
     states = [event.state for event in await published(database)]
     assert states == [ACCEPTED] * 3 + [RETRACTED] * 3 + [ACCEPTED] * 3
+
+
+async def test_one_piece_of_feedback_is_released_by_itself(database: Database, deployment: Deployment) -> None:
+    pairs = [deployment.pair() for _ in range(2)]
+    await store(database, *(event for pair in pairs for event in pair))
+    ids = [(await deployment.submit(database, parts.comparison(*pair))).record.feedback_id for pair in pairs]
+    await raters.quarantine(database, Rules(), RaterId("default", "ann"), standing.QUARANTINED, lambda: None)
+    await operate.release(database, Rules(), ids[0])
+    assert [stands(record)[0] for record in await find(database, *ids)] == ["ACCEPTED", "QUARANTINED"]
+    with pytest.raises(errors.NotFound):
+        await operate.release(database, Rules(), "no")
+
+
+async def test_a_control_question_is_not_learnt_from(database: Database, deployment: Deployment) -> None:
+    a, b = deployment.pair()
+    await store(database, a, b)
+    known = (await deployment.submit(database, parts.comparison(a, b, B, user="teacher"))).record
+    await operate.declare_gold(database, Rules(), known.feedback_id)
+    other = (await deployment.submit(database, parts.comparison(b, a, A, user="ann"))).record
+    found = await find(database, known.feedback_id, other.feedback_id)
+    assert [stands(record) for record in found] == [("RECORDED", "gold", 0.0)] * 2
+    assert [event.state for event in await published(database)] == [ACCEPTED, RETRACTED]
+    [vote, again] = [vote for _, vote in database.read_now(lambda c: list(everything(c, learn_from_cut=False)))]
+    assert (vote.gold, again.gold) == ("b", "a"), "the same response, whichever is shown first"
+    tie = (await deployment.submit(database, parts.comparison(*deployment.pair(), TIE))).record
+    with pytest.raises(errors.NotFound, match="with a winner"):
+        await operate.declare_gold(database, Rules(), tie.feedback_id)
 
 
 async def test_the_assessment_quarantines_who_contradicts_everybody(database: Database, deployment: Deployment) -> None:

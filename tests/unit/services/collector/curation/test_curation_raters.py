@@ -117,7 +117,7 @@ def test_a_few_wrong_answers_are_forgiven() -> None:
 def test_ties_and_superseded_votes_are_no_evidence() -> None:
     votes = panel({"ann": 0.9, "bob": 0.8, "cid": 0.7}, pairs=60)
     before = [
-        replace(vote, choice=Choice.B, received_at=vote.received_at - 1, feedback_id=f"e{i}")
+        replace(vote, choice=Choice.A if i % 2 else Choice.B, received_at=vote.received_at - 1, feedback_id=f"e{i}")
         for i, vote in enumerate(votes)
     ]
     ties = [replace(compare("dan", f"{i}x", f"{i}y", prompt_id=f"p{i}"), choice=Choice.TIE) for i in range(60)]
