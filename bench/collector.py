@@ -37,7 +37,7 @@ from bench.collector_peers import ECHO, TABLES, Event, Plain, Rows, groups, prod
 from bench.harness import Ratio, Target, percentile, report, rounds
 from services.collector.database import Database
 from tests.faults.observe import Query, postgres_query, sqlite_query
-from tests.faults.postgres import Postgres
+from tests.postgres import Postgres
 from tests.support import Process, free_port
 from tests.unit.services.collector import parts
 from tests.unit.services.collector.parts import Deployment

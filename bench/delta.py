@@ -20,6 +20,7 @@ from typing import Any
 
 from bench import harness
 from trainer import runtime
+from trainer.samples import Pair
 
 runtime.before_imports()
 
@@ -39,14 +40,13 @@ class Measured:
     apply_seconds: float
 
 
-def samples(base: Path, count: int) -> list[Any]:
+def samples(base: Path, count: int) -> list[Pair]:
     """Pairs of the model's own answers to the demo's prompts, in tokens."""
     import torch
     import uuid_utils
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from thumbwheel.demo import prompts
-    from trainer.buffer import Sample
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(str(base), padding_side="left")
@@ -64,7 +64,8 @@ def samples(base: Path, count: int) -> list[Any]:
         for index in range(len(chats)):
             prompt = inputs["input_ids"][index][inputs["attention_mask"][index].bool()].tolist()
             answers = sorted((_until_end(row, tokenizer) for row in out[2 * index : 2 * index + 2, width:]), key=len)
-            found.append(Sample(str(uuid_utils.uuid7()), tuple(prompt), answers[0], answers[1], 1.0, 0.0))
+            chosen, rejected = answers
+            found.append(Pair(id=str(uuid_utils.uuid7()), prompt=tuple(prompt), chosen=chosen, rejected=rejected))
     return found
 
 
@@ -74,16 +75,17 @@ def _until_end(row: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(tokens[: tokens.index(end) + 1] if end in tokens else tokens)
 
 
-def versions(base: Path, pairs: Sequence[Any], learning_rate: float, rounds: int, folder: Path) -> list[Path]:
+def versions(base: Path, pairs: Sequence[Pair], learning_rate: float, rounds: int, folder: Path) -> list[Path]:
     """The base and, after each round, what was learnt."""
     from thumbwheel.v1.rollout_pb2 import ModelRole
     from trainer import losses
     from trainer.config import TrainerSettings
-    from trainer.learner import Learner, reference_logprobs
+    from trainer.inference import reference_logprobs
+    from trainer.learner import Learner
 
     settings = TrainerSettings(policy_learning_rate=learning_rate)
     objective = losses.objective("dpo", ModelRole.MODEL_ROLE_POLICY, settings)
-    reference = reference_logprobs(objective, base, pairs, settings, lambda: False)
+    reference = reference_logprobs(base, pairs, max_tokens=settings.micro_batch_tokens)
     learner = Learner(objective, base, settings, learning_rate=learning_rate)
     found = [folder / "0"]
     learner.write_model(found[0])

@@ -93,6 +93,11 @@ def key_from_environment() -> str:
     return os.environ.get(API_KEY_VARIABLE, "")
 
 
+def bearer(api_key: str) -> Metadata:
+    """What a call with this API key carries; nothing where there is none."""
+    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
+
+
 class Attempts:
     """The attempts at one call, under one deadline: `timeout` seconds, or what the call being handled has left.
 

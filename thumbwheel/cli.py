@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from thumbwheel import cli_keys
+from thumbwheel import cli_collector, cli_data, cli_keys
 
 if TYPE_CHECKING:
     from thumbwheel.client import AsyncClient, Choice
@@ -29,6 +29,7 @@ feedback_app = typer.Typer(no_args_is_help=True, help="Say what you think of res
 app.add_typer(model_app, name="model")
 app.add_typer(feedback_app, name="feedback")
 app.add_typer(cli_keys.app, name="keys")
+app.add_typer(cli_collector.app, name="collector")
 
 Home = Annotated[Path | None, typer.Option(envvar="THUMBWHEEL_HOME", help="Folder with the deployment's state.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -311,6 +312,36 @@ def feedback_comment(
     _run(main())
 
 
+@feedback_app.command("list")
+def feedback_list(
+    state: Annotated[str | None, typer.Option(help="Such as accepted, apart, quarantined.")] = None,
+    reason: Annotated[str, typer.Option(help="Such as tie, cycle, over_user_cap.")] = "",
+    user: Annotated[str, typer.Option(help="Of this user only.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many, the newest.")] = 20,
+    home: Home = None,
+) -> None:
+    """Say where feedback stands and why, newest first, as JSON lines."""
+    from google.protobuf.json_format import MessageToDict
+
+    from thumbwheel.v1.preference_pb2 import FeedbackState, ListFeedbackRequest
+
+    names = {name.removeprefix("FEEDBACK_STATE_").lower(): value for name, value in FeedbackState.items() if value}
+    if state is not None and state not in names:
+        raise typer.BadParameter(f"must be one of {', '.join(names)}", param_hint="--state")
+    states = [] if state is None else [names[state]]
+    request = ListFeedbackRequest(states=states, reason=reason, user_id=user, page_size=limit)
+
+    async def main() -> None:
+        async with _client(home) as client:
+            for record in (await client.list_feedback(request)).records:
+                told = MessageToDict(record, preserving_proto_field_name=True)
+                told["kind"] = record.feedback.WhichOneof("kind")
+                told["user"] = told.pop("feedback")["user_id"]  # what was said is long, and holds receipts
+                print(json.dumps(told, ensure_ascii=False))
+
+    _run(main())
+
+
 @app.command()
 def versions(home: Home = None, as_json: Json = False) -> None:
     """List the published versions, newest first, and say what each was trained on."""
@@ -361,6 +392,9 @@ def status(home: Home = None, as_json: Json = False) -> None:
             raise errors.Unavailable(f"{part} is away: {reason}", remedy="Type `thumbwheel up`.")
 
     _run(main())
+
+
+cli_data.register(app, _run)
 
 
 def main() -> None:

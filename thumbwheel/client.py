@@ -24,7 +24,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from thumbwheel import bulk, errors
 from thumbwheel.calls import TENANT_KEY
-from thumbwheel.channels import Attempts, Metadata, Pool, check_key, unary
+from thumbwheel.channels import Attempts, Metadata, Pool, bearer, check_key, unary
 from thumbwheel.tls import ClientTls
 from thumbwheel.v1 import policy_pb2 as policy_pb
 from thumbwheel.v1 import preference_pb2 as preference_pb
@@ -52,6 +52,15 @@ PromptLike: TypeAlias = "str | Sequence[Message] | policy_pb.Prompt"
 Choice: TypeAlias = Literal["a", "b", "tie", "both_bad"]
 """A verdict on two responses."""
 
+Signal: TypeAlias = Literal["copied", "regenerated", "abandoned", "dwelled"]
+"""What a user did with a response."""
+
+_SIGNALS = {
+    "copied": preference_pb.IMPLICIT_KIND_COPIED,
+    "regenerated": preference_pb.IMPLICIT_KIND_REGENERATED,
+    "abandoned": preference_pb.IMPLICIT_KIND_ABANDONED,
+    "dwelled": preference_pb.IMPLICIT_KIND_DWELLED,
+}
 _ROLES = {"system": policy_pb.ROLE_SYSTEM, "user": policy_pb.ROLE_USER, "assistant": policy_pb.ROLE_ASSISTANT}
 _CHOICES = {
     "a": preference_pb.PREFERENCE_A,
@@ -87,6 +96,7 @@ class AsyncClient:
         collector: str = "127.0.0.1:50053",
         tenant: str = "",
         timeout: float = 120.0,
+        consent: bool | None = None,
         api_key: str = "",
         tls: ClientTls | None = None,
         connections: int = 1,
@@ -94,14 +104,14 @@ class AsyncClient:
     ) -> None:
         """Addresses are "host:port"; `timeout` is the deadline of every call, in seconds, all attempts together.
 
+        `consent` says of everything sent whether its user agrees that it is learnt from; None: they were not asked.
         `tenant` is "" for that of the API key. `connections` are kept to each service. Raises
         `errors.FailedPrecondition` for a certificate that cannot be used, and where `api_key` would leave this machine
         unencrypted, unless `allow_insecure`.
         """
         check_key(api_key, (policy, reward, collector), tls, allow_insecure=allow_insecure)
-        self._timeout = timeout
-        named = {TENANT_KEY: tenant, "authorization": f"Bearer {api_key}" if api_key else ""}
-        self._metadata: Metadata = tuple((name, value) for name, value in named.items() if value)
+        self._timeout, self._consent = timeout, consent
+        self._metadata: Metadata = (*(((TENANT_KEY, tenant),) if tenant else ()), *bearer(api_key))
         self._policy: Pool[PolicyServiceAsyncStub] = Pool(policy, PolicyServiceStub, size=connections, tls=tls)
         self._reward: Pool[RewardServiceAsyncStub] = Pool(reward, RewardServiceStub, size=connections, tls=tls)
         self._collector: Pool[PreferenceServiceAsyncStub] = Pool(
@@ -134,7 +144,7 @@ class AsyncClient:
     ) -> policy_pb.Generation:
         """One response; `version` is "" for whichever is live."""
         request = policy_pb.GenerateRequest(
-            prompt=to_prompt(prompt), sampling=sampling, user_id=user_id, version=version
+            prompt=to_prompt(prompt), sampling=sampling, user_id=user_id, version=version, consent=self._consent
         )
         return (await self._unary(self._policy.stub.Generate, request)).generation
 
@@ -148,7 +158,7 @@ class AsyncClient:
     ) -> AsyncGenerator[policy_pb.GenerationDelta | policy_pb.Generation, None]:
         """One response in pieces, then whole. Leaving the loop early cancels the request."""
         request = policy_pb.GenerateStreamRequest(
-            prompt=to_prompt(prompt), sampling=sampling, user_id=user_id, version=version
+            prompt=to_prompt(prompt), sampling=sampling, user_id=user_id, version=version, consent=self._consent
         )
         attempts, begun = Attempts(self._timeout), False
         while True:
@@ -176,7 +186,12 @@ class AsyncClient:
     ) -> policy_pb.GenerateCandidatesResponse:
         """`n` responses to one prompt, to be compared."""
         request = policy_pb.GenerateCandidatesRequest(
-            prompt=to_prompt(prompt), sampling=sampling, n=n, user_id=user_id, version=version
+            prompt=to_prompt(prompt),
+            sampling=sampling,
+            n=n,
+            user_id=user_id,
+            version=version,
+            consent=self._consent,
         )
         return await self._unary(self._policy.stub.GenerateCandidates, request)
 
@@ -257,17 +272,63 @@ class AsyncClient:
         comment = preference_pb.Comment(receipt=generation.receipt, text=text)
         return await self.submit(preference_pb.Feedback(user_id=user_id, idempotency_key=key, comment=comment))
 
+    async def implicit(
+        self,
+        generation: policy_pb.Generation,
+        kind: Signal,
+        *,
+        user_id: str,
+        seconds: float | None = None,
+        key: str = "",
+    ) -> preference_pb.SubmitFeedbackResponse:
+        """What a user did with a response: weak evidence. `seconds` belongs to "dwelled". Durable when it returns."""
+        signal = preference_pb.ImplicitSignal(receipt=generation.receipt, kind=_SIGNALS[kind], seconds=seconds)
+        return await self.submit(preference_pb.Feedback(user_id=user_id, idempotency_key=key, implicit=signal))
+
     async def submit(self, feedback: preference_pb.Feedback) -> preference_pb.SubmitFeedbackResponse:
         """Any feedback; gives it an idempotency key if it has none, so that a retry is not counted twice."""
-        if not feedback.idempotency_key:
-            feedback.idempotency_key = str(uuid_utils.uuid7())
+        self._complete(feedback)
         request = preference_pb.SubmitFeedbackRequest(feedback=feedback)
         return await self._unary(self._collector.stub.SubmitFeedback, request)
+
+    def _complete(self, feedback: preference_pb.Feedback) -> None:
+        if not feedback.idempotency_key:
+            feedback.idempotency_key = str(uuid_utils.uuid7())
+        if self._consent is not None and not feedback.HasField("consent"):
+            feedback.consent = self._consent
+
+    async def submit_batch(self, feedback: Sequence[preference_pb.Feedback]) -> list[preference_pb.FeedbackResult]:
+        """Any number of pieces; what became of each, in their order. Keys are given as `submit` gives them."""
+        results: list[preference_pb.FeedbackResult] = []
+        for one in feedback:
+            self._complete(one)
+        for start in range(0, len(feedback), 1000):
+            request = preference_pb.SubmitFeedbackBatchRequest(feedback=feedback[start : start + 1000])
+            results.extend((await self._unary(self._collector.stub.SubmitFeedbackBatch, request)).results)
+        return results
+
+    async def list_feedback(self, request: preference_pb.ListFeedbackRequest) -> preference_pb.ListFeedbackResponse:
+        """A page of feedback by state, reason, user and prompt, newest first."""
+        return await self._unary(self._collector.stub.ListFeedback, request)
+
+    async def guidelines(self, version: str = "") -> preference_pb.GetGuidelinesResponse:
+        """What to show people before they judge; the newest version where none is named."""
+        request = preference_pb.GetGuidelinesRequest(version=version)
+        return await self._unary(self._collector.stub.GetGuidelines, request)
+
+    async def next_comparison(self, user_id: str) -> preference_pb.NextComparisonResponse:
+        """Two responses worth comparing that this user has not seen; show `a` first. Raises `errors.NotFound`."""
+        request = preference_pb.NextComparisonRequest(user_id=user_id)
+        return await self._unary(self._collector.stub.NextComparison, request)
 
     async def retract(self, feedback_id: str, *, user_id: str) -> preference_pb.FeedbackRecord:
         """Takes feedback back."""
         request = preference_pb.RetractRequest(feedback_id=feedback_id, user_id=user_id)
         return (await self._unary(self._collector.stub.Retract, request)).record
+
+    async def forget(self, user_id: str) -> preference_pb.ForgetResponse:
+        """Erases all of a user's content; returns when it is off the collector's disk."""
+        return await self._unary(self._collector.stub.Forget, preference_pb.ForgetRequest(user_id=user_id))
 
     async def feedback(self, feedback_ids: Sequence[str]) -> list[preference_pb.FeedbackRecord]:
         """What became of feedback."""
@@ -348,8 +409,14 @@ class Client:
     thumb = _blocking(AsyncClient.thumb)
     edit = _blocking(AsyncClient.edit)
     comment = _blocking(AsyncClient.comment)
+    implicit = _blocking(AsyncClient.implicit)
     submit = _blocking(AsyncClient.submit)
+    submit_batch = _blocking(AsyncClient.submit_batch)
+    list_feedback = _blocking(AsyncClient.list_feedback)
+    guidelines = _blocking(AsyncClient.guidelines)
+    next_comparison = _blocking(AsyncClient.next_comparison)
     retract = _blocking(AsyncClient.retract)
+    forget = _blocking(AsyncClient.forget)
     feedback = _blocking(AsyncClient.feedback)
 
 

@@ -227,7 +227,8 @@ class Stack:
                 await self._spawn("broker", ["-m", "thumbwheel.stream.broker", *broker])
             await self._prepare_versions(common)
             self._progress("starting collector, policy, reward and trainer")
-            await self._spawn("collector", ["-m", "services.collector", *where("collector", at.collector)])
+            asking = ["--reward", at.reward]  # what it is unsure of is what people are asked
+            await self._spawn("collector", ["-m", "services.collector", *asking, *where("collector", at.collector)])
             await self._spawn("policy", ["-m", "services.policy", *where("policy", at.policy)])
             await self._spawn("reward", ["-m", "services.reward", *where("reward", at.reward)])
             await self._spawn("trainer", ["-m", "trainer", *where("trainer", at.trainer)])

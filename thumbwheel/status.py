@@ -15,7 +15,7 @@ from thumbwheel.client import AsyncClient
 from thumbwheel.config import split_address
 from thumbwheel.stack import Addresses
 
-_JOINED_STATES = ("ACCEPTED", "APART", "RECORDED")
+_JOINED_STATES = ("ACCEPTED", "APART", "RECORDED", "SUPERSEDED", "QUARANTINED")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,6 +24,8 @@ class Buffer:
         self._arrived: dict[str, float] = {}
         self._learnt: set[str] = set()
         self._retracted: set[str] = set()
+        # Of what was taken back, or brought again: the number of what was last said. What has no higher one is stale.
+        self._revisions: dict[str, int] = {}
 
     def __len__(self) -> int:
         """Samples that wait."""
@@ -32,6 +35,24 @@ class Buffer:
         """True for an id that was ever seen: it waits, is learnt, or was retracted."""
         return sample_id in self._pending or sample_id in self._learnt or sample_id in self._retracted
 
+    def restore(self, sample_id: str, revision: int) -> bool:
+        """Lifts a retraction that is older than `revision`. True where there was one: what was not learnt may be added
+        again, and what was learnt counts as learnt.
+        """
+        if sample_id not in self._retracted or revision <= self._revisions[sample_id]:
+            return False
+        self._retracted.remove(sample_id)
+        self._revisions[sample_id] = revision
+        return True
+
+    def reweigh(self, sample_id: str, weight: float) -> bool:
+        """Gives a sample that waits another weight. False where none waits, or it has that weight."""
+        sample = self._pending.get(sample_id)
+        if sample is None or sample.weight == weight:
+            return False
+        self._pending[sample_id] = dataclasses.replace(sample, weight=weight)
+        return True
+
     def add(self, sample: Sample, now: float) -> bool:
         """Takes in a sample that arrived at `now` (any clock that only rises). False for one seen before."""
         if sample.id in self:
@@ -40,10 +61,15 @@ class Buffer:
         self._arrived[sample.id] = now
         return True
 
-    def retract(self, sample_id: str) -> bool:
-        """Forgets a sample that waits, and refuses it from now on. True where it was learnt already (told once)."""
+    def retract(self, sample_id: str, revision: int = 0) -> bool:
+        """Forgets a sample that waits, and refuses it until it is accepted anew with a higher `revision`. True where it
+        was learnt already (told once).
+        """
         first = sample_id not in self._retracted
+        if first and revision <= self._revisions.get(sample_id, -1):
+            return False
         self._retracted.add(sample_id)
+        self._revisions[sample_id] = max(revision, self._revisions.get(sample_id, 0))
         if self._pending.pop(sample_id, None) is not None:
             del self._arrived[sample_id]
         return first and sample_id in self._learnt
@@ -70,7 +96,9 @@ class Buffer:
         lines = (json.dumps(samples.to_fields(sample), separators=(",", ":")) for sample in self._pending.values())
         _write_lines(folder / PENDING, lines)
         _write_lines(folder / LEARNT, sorted(self._learnt))
-        _write_lines(folder / RETRACTED, sorted(self._retracted))
+        revisions = sorted(self._revisions.items())
+        lines = (f"{id} {revision} {'retracted' if id in self._retracted else 'again'}" for id, revision in revisions)
+        _write_lines(folder / RETRACTED, lines)
 
     @classmethod
     def load(cls, folder: Path, now: float) -> Buffer:
@@ -80,7 +108,11 @@ class Buffer:
             for line in (folder / PENDING).read_text().splitlines():
                 buffer.add(samples.from_fields(json.loads(line)), now)
             buffer._learnt.update((folder / LEARNT).read_text().split())
-            buffer._retracted.update((folder / RETRACTED).read_text().split())
+            for line in (folder / RETRACTED).read_text().splitlines():
+                sample_id, revision, state = line.split() if " " in line else (line, "0", "retracted")
+                buffer._revisions[sample_id] = int(revision)
+                if state == "retracted":
+                    buffer._retracted.add(sample_id)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise errors.CorruptCheckpoint(
                 f"{folder}: the buffer cannot be read: {error}.", remedy="Was it written by another release?"

@@ -15,11 +15,14 @@ from thumbwheel import errors
 from thumbwheel.stream import deadletter, topics
 from thumbwheel.stream.log import Log, Producer, Record, TopicPartition
 from thumbwheel.v1.events_pb2 import ComparedResponse, ComparisonEvent, ComparisonState
+from thumbwheel.v1.policy_pb2 import Role
 from trainer import metrics
 from trainer.buffer import Buffer
 from trainer.samples import Pair
 
 logger = logging.getLogger(__name__)
+
+_ROLES = {Role.ROLE_SYSTEM: "system", Role.ROLE_USER: "user", Role.ROLE_ASSISTANT: "assistant"}
 
 
 class Encoder:
@@ -39,13 +42,12 @@ class Encoder:
 
     def encode(self, event: ComparisonEvent) -> Pair:
         """The sample of an accepted comparison. Raises `errors.InvalidArgument` naming the field that is wrong."""
-        if not event.prompt_token_ids:
-            raise errors.InvalidArgument("is empty.", field="prompt_token_ids")
+        prompt = self._prompt(event)
         if not math.isfinite(event.weight) or event.weight <= 0:
             raise errors.InvalidArgument(f"is {event.weight}, not a positive number.", field="weight")
         chosen, rejected = self._response(event.chosen), self._response(event.rejected)
         for field, ids in (
-            ("prompt_token_ids", event.prompt_token_ids),
+            ("prompt_token_ids", prompt),
             ("chosen.token_ids", chosen),
             ("rejected.token_ids", rejected),
         ):
@@ -66,13 +68,36 @@ class Encoder:
         spans = (*event.chosen.spans, *event.rejected.spans)
         return Pair(
             id=event.comparison_id,
-            prompt=tuple(event.prompt_token_ids[-room:]),
+            prompt=prompt[-room:],
             chosen=chosen,
             rejected=rejected,
             weight=event.weight,
             received_at=event.received_at.ToNanoseconds() / 1e9,
             versions=tuple(sorted({span.version for span in spans})),
         )
+
+    def _prompt(self, event: ComparisonEvent) -> tuple[int, ...]:
+        """The prompt as the model saw it; one that no model of ours was asked, or that was redacted, as it would see it
+        now.
+        """
+        if event.prompt_token_ids:
+            return tuple(event.prompt_token_ids)
+        match event.prompt.WhichOneof("content"):
+            case "chat":
+                turns = [{"role": _ROLES.get(m.role, ""), "content": m.content} for m in event.prompt.chat.messages]
+                try:
+                    ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+                except Exception as error:  # a template raises what it likes
+                    raise errors.InvalidArgument(f"does not fit the chat template: {error}.", field="prompt") from error
+            case "text":
+                ids = self.tokenizer(event.prompt.text, add_special_tokens=False)["input_ids"]
+            case "tokens":
+                ids = event.prompt.tokens.ids
+            case _:
+                ids = []
+        if not ids:
+            raise errors.InvalidArgument("is empty.", field="prompt_token_ids")
+        return tuple(int(token) for token in ids)
 
     def _response(self, response: ComparedResponse) -> tuple[int, ...]:
         # A scorer is asked about a text, so it learns from the text, not from how it was cut into tokens.
@@ -137,9 +162,12 @@ class Ingest:
         _require_id(event.comparison_id)
         if event.state == ComparisonState.COMPARISON_STATE_RETRACTED:
             metrics.RETRACTIONS.labels(self._task).inc()
-            return buffer.retract(event.comparison_id)
+            return buffer.retract(event.comparison_id, event.revision)
         if event.state != ComparisonState.COMPARISON_STATE_ACCEPTED:
             raise errors.InvalidArgument(f"is {event.state}, neither accepted nor retracted.", field="state")
+        buffer.restore(event.comparison_id, event.revision)
+        if buffer.reweigh(event.comparison_id, event.weight):
+            return False
         if event.comparison_id in buffer:
             metrics.DUPLICATES.labels(self._task).inc()
         else:

@@ -14,11 +14,10 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -36,9 +35,7 @@ from thumbwheel import errors
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Item = TypeVar("Item")
 Work = Callable[[Connection], T]
-WorkOnAll = Callable[[Connection, Sequence[Item]], Sequence[T | Exception]]
 
 BUSY_SECONDS = 5.0
 MAX_WRITES = 128
@@ -48,13 +45,14 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 
 @dataclass(frozen=True, slots=True)
 class _Write:
-    """A write that waits for its turn. Those in a row with the same `work` are one call of it."""
+    """A write that waits for its turn."""
 
-    work: WorkOnAll[Any, Any]
-    item: Any
+    work: Callable[[Any], Any]
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Any]
     queued_at: float = field(default_factory=time.perf_counter)
+    alone: bool = False
+    """Not in a transaction, and not beside any other write."""
 
 
 class _Outcome(NamedTuple):
@@ -89,20 +87,17 @@ class Database:
         self._writer = threading.Thread(target=self._write_forever, name="database-writer", daemon=True)
         self._writer.start()
 
+    @property
+    def dialect(self) -> str:
+        """Which database it is: sqlite or postgresql."""
+        return self._engine.dialect.name
+
     async def write(self, work: Work[T]) -> T:
         """Runs `work` in the next transaction and returns what it returned, once that is durable.
 
         Raises what `work` raised, `errors.NoSpace`, `errors.Unavailable`, `errors.ResourceExhausted` where too many
         wait, and `errors.DeadlineExceeded`, after which the write may still be made. `work` may run twice, of which
         only the last run counts.
-        """
-        result: T = await self.write_together(_alone, work)
-        return result
-
-    async def write_together(self, work: WorkOnAll[Item, T], item: Item) -> T:
-        """As `write`, of `work` on this item together with others that wait for the same `work`.
-
-        For each item it returns what is the item's result, or raised for it: then it has written nothing for it.
         """
         if self._closed:
             raise errors.Unavailable("The collector is stopping.", remedy="Send it again.")
@@ -112,10 +107,17 @@ class Database:
                 retry_after=1.0,
                 remedy="Send it again in a second, with the same key.",
             )
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-        self._queue.put(_Write(work, item, loop, future))
-        return await self._wait(future)
+        return await self._wait(self._enqueue(work))
+
+    async def maintain(self, work: Callable[[Any], T]) -> T:
+        """Runs `work` on the driver's own connection, in no transaction, while nothing else writes, and returns what it
+        returned: for what a database does only there, such as VACUUM. Has no deadline but those that `work` keeps.
+
+        Raises what `work` raised, and as `write` does.
+        """
+        if self._closed:
+            raise errors.Unavailable("The collector is stopping.", remedy="It goes on at the next start.")
+        return await self._enqueue(work, alone=True)
 
     async def read(self, work: Work[T]) -> T:
         """Runs `work` in a read-only view of what is committed. Raises what `work` raised, and as `write` does."""
@@ -129,6 +131,17 @@ class Database:
         except DBAPIError as error:
             raise self._translate(error) from error
 
+    def snapshot(self, work: Callable[[Connection], Iterator[T]]) -> Iterator[T]:
+        """What `work` yields, all of it from one moment, while writes go on. For long reads, in the caller's thread."""
+        level = "SERIALIZABLE" if self.dialect == "sqlite" else "REPEATABLE READ"
+        try:
+            with self._engine.connect() as plain:
+                connection = plain.execution_options(reads=True, isolation_level=level)
+                with connection.begin():
+                    yield from work(connection)
+        except DBAPIError as error:
+            raise self._translate(error) from error
+
     def close(self) -> None:
         """Makes durable what waits, then lets go of the database."""
         self._closed = True
@@ -137,6 +150,12 @@ class Database:
         self._readers.shutdown()
         self._connection.close()
         self._engine.dispose()
+
+    def _enqueue(self, work: Callable[[Any], T], *, alone: bool = False) -> asyncio.Future[T]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._queue.put(_Write(work, loop, future, alone=alone))
+        return future
 
     async def _wait(self, future: asyncio.Future[T]) -> T:
         try:
@@ -162,19 +181,39 @@ class Database:
 
     def _write_forever(self) -> None:
         while (first := self._queue.get()) is not None:
-            batch, stop = [first], False
-            while len(batch) < MAX_WRITES and not stop:
+            alone = first if first.alone else None
+            batch, stop = ([] if first.alone else [first]), False
+            while len(batch) < MAX_WRITES and alone is None and not stop:
                 try:
                     following = self._queue.get_nowait()
                 except queue.Empty:
                     break
                 if following is None:
                     stop = True
+                elif following.alone:
+                    alone = following
                 else:
                     batch.append(following)
             _tell(self._commit([write for write in batch if not write.future.cancelled()]))
+            if alone is not None and not alone.future.cancelled():
+                _tell([self._maintain(alone)])
             if stop:
                 return
+
+    def _maintain(self, task: _Write) -> _Outcome:
+        connection: Any = self._connection.connection.driver_connection
+        try:
+            if self.dialect != "sqlite":  # there, `_configure_sqlite` has seen to it
+                connection.autocommit = True
+            try:
+                return _Outcome(task, task.work(connection))
+            finally:
+                if self.dialect != "sqlite":
+                    connection.autocommit = False
+        except Exception as error:  # noqa: BLE001  # it goes to the caller, whatever it is
+            if isinstance(error, self._engine.dialect.loaded_dbapi.Error):
+                error = self._translate(DBAPIError("maintenance", None, error))
+            return _Outcome(task, error)
 
     def _commit(self, batch: Sequence[_Write], *, again: bool = True) -> list[_Outcome]:
         """Makes the batch durable in one transaction; where that fails, each write in one of its own."""
@@ -197,37 +236,28 @@ class Database:
         """Runs all in one transaction, and commits. Savepoints cost as much as a small write: first without."""
         try:
             with self._connection.begin():
-                return [outcome for group in _groups(batch) for outcome in self._run(group)]
+                return [self._run(write) for write in batch]
         except _Raised as raised:
             if len(batch) == 1:
                 return [_Outcome(batch[0], raised.__cause__)]
         with self._connection.begin():
-            return [outcome for write in batch for outcome in self._run_undoably(write)]
+            return [self._run_undoably(write) for write in batch]
 
-    def _run(self, group: Sequence[_Write]) -> list[_Outcome]:
-        """What the writes came to. Raises `_Raised`, and faults of the database: they concern the whole transaction."""
+    def _run(self, write: _Write) -> _Outcome:
+        """What the write came to. Raises `_Raised`, and faults of the database: they concern the whole transaction."""
         try:
-            results = group[0].work(self._connection, [write.item for write in group])
+            return _Outcome(write, write.work(self._connection))
         except DBAPIError:
             raise
         except Exception as error:
             raise _Raised from error
-        return [_Outcome(write, result) for write, result in zip(group, results, strict=True)]
 
-    def _run_undoably(self, write: _Write) -> list[_Outcome]:
+    def _run_undoably(self, write: _Write) -> _Outcome:
         try:
             with self._connection.begin_nested():
-                return self._run([write])
+                return self._run(write)
         except _Raised as raised:
-            return [_Outcome(write, raised.__cause__)]
-
-
-def _alone(connection: Connection, works: Sequence[Work[T]]) -> list[T | Exception]:
-    return [work(connection) for work in works]
-
-
-def _groups(batch: Sequence[_Write]) -> list[list[_Write]]:
-    return [list(group) for _, group in groupby(batch, attrgetter("work"))]
+            return _Outcome(write, raised.__cause__)
 
 
 def _tell(outcomes: Sequence[_Outcome]) -> None:
@@ -255,7 +285,8 @@ def _engine(url: str) -> tuple[URL, Engine]:
             raise errors.FailedPrecondition(
                 f"--database {url}: a database in memory keeps nothing.", remedy="Name a file: sqlite:///PATH."
             )
-        return parsed, create_engine(parsed, pool_size=READERS + 2)
+        # Its errors would quote what people said, and errors are logged.
+        return parsed, create_engine(parsed, pool_size=READERS + 2, hide_parameters=True)
     except (ArgumentError, ImportError) as error:
         raise errors.FailedPrecondition(
             f"--database: {error}.",
@@ -263,15 +294,21 @@ def _engine(url: str) -> tuple[URL, Engine]:
         ) from error
 
 
-def migrate(connection: Connection) -> None:
-    """Brings the schema to the newest version, in one transaction. Raises `errors.FailedPrecondition`."""
+def migrate(connection: Connection, *, down_to: str = "") -> None:
+    """Brings the schema to the newest version, or back to an older one, in one transaction; "base" is an empty one.
+
+    Raises `errors.FailedPrecondition`.
+    """
     config = Config()
     config.set_main_option("script_location", _MIGRATIONS.as_posix().replace("%", "%%"))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     try:
         with connection.begin():
-            alembic.command.upgrade(config, "head")
+            if down_to:
+                alembic.command.downgrade(config, down_to)
+            else:
+                alembic.command.upgrade(config, "head")
     except CommandError as error:
         raise errors.FailedPrecondition(
             f"The database's schema is not one that this version knows: {error}.",
@@ -286,6 +323,7 @@ def _configure_sqlite(connection: Any, _: ConnectionPoolEntry) -> None:
         "journal_mode=WAL",
         "synchronous=FULL",
         "foreign_keys=ON",
+        "secure_delete=ON",  # what is deleted is overwritten, not only let go of
     ):
         connection.execute(f"PRAGMA {pragma}").close()
 

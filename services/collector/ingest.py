@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +21,11 @@ from uuid_utils import uuid7
 from services.collector import ledger, metrics, outbox
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
-from services.collector.ledger import Recorded
+from services.collector.ledger import Curator
 from services.collector.pause import RETRIED, Pause
+from services.collector.records import Recorded
+from services.collector.rights import admission
+from services.collector.rights.tenants import Tenants
 from services.collector.submission import check_id
 from thumbwheel import errors
 from thumbwheel.stream import aio, deadletter, topics
@@ -46,9 +48,9 @@ class Batch:
     positions: Mapping[TopicPartition, int]
     topic_ids: Mapping[str, str]
 
-    def apply(self, connection: Connection) -> list[Recorded]:
-        """Writes the batch. Returns the feedback that was joined."""
-        joined = ledger.store(connection, self.events)
+    def apply(self, connection: Connection, curator: Curator, tenants: Tenants) -> list[Recorded]:
+        """Writes the batch, but what must not be kept. Returns the feedback that was joined."""
+        joined = ledger.store(connection, curator, admission.admitted(connection, self.events, tenants))
         outbox.add(connection, [outbox.Event(d.event_id, topics.DEADLETTER, d.topic, d) for d in self.dead])
         outbox.save_positions(connection, self.positions)
         outbox.save_topic_ids(connection, self.topic_ids)
@@ -59,12 +61,20 @@ class Ingest:
     """Follows the generations for ever. `committed` is called after each commit."""
 
     def __init__(
-        self, database: Database, log: Log, settings: CollectorSettings, committed: Callable[[], None]
+        self,
+        database: Database,
+        log: Log,
+        settings: CollectorSettings,
+        curator: Curator,
+        committed: Callable[[], None],
+        tenants: Tenants | None = None,
     ) -> None:
         self._database = database
         self._log = log
         self._settings = settings
+        self._curator = curator
         self._committed = committed
+        self._tenants = tenants or Tenants()
         self._pause = Pause(settings.max_backoff_seconds)
 
     async def run(self) -> None:
@@ -93,12 +103,12 @@ class Ingest:
         return await asyncio.to_thread(self._log.consumer, READ, group=GROUP, start=start, topic_ids=ids)
 
     async def _apply(self, batch: Batch) -> None:
-        joined = await self._database.write(batch.apply)
+        work = partial(batch.apply, curator=self._curator, tenants=self._tenants)
+        joined = await self._database.write(work)
         self._committed()
         metrics.GENERATIONS.inc(len(batch.events))
         metrics.DEAD_LETTERS.inc(len(batch.dead))
-        for (kind, state), count in Counter((record.kind, record.state) for record in joined).items():
-            metrics.FEEDBACK.labels(kind, state).inc(count)
+        metrics.told(joined)
         for dead in batch.dead:
             where = {"topic": dead.topic, "partition": dead.partition, "offset": dead.offset}
             logger.warning("a record could not be used", extra={**where, "reason": dead.reason})
@@ -110,7 +120,10 @@ def decode_batch(records: Sequence[Record], consumer: Consumer) -> Batch:
     dead: list[DeadLetter] = []
     for record in records:
         try:
-            events.append(decode(record))
+            event = decode(record)
+            # What is generated in bulk has no receipt, so no feedback about it can come.
+            if not event.bulk:
+                events.append(event)
         except errors.InvalidArgument as error:
             dead.append(dead_letter(record, str(error)))
     return Batch(events, dead, consumer.positions(), consumer.topic_ids())
@@ -121,6 +134,8 @@ def decode(record: Record) -> GenerationEvent:
     event = deadletter.decode(GenerationEvent, record)
     generation = event.generation
     check_id(event.tenant, "tenant")
+    if event.user_id:
+        check_id(event.user_id, "user_id")
     check_id(generation.generation_id, "generation.generation_id")
     check_id(generation.prompt_id, "generation.prompt_id")
     if len(generation.logprobs) not in (0, len(generation.token_ids)):

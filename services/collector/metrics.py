@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter as CountBy
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from prometheus_client import REGISTRY, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
@@ -17,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 FEEDBACK = Counter(
     "thumbwheel_collector_feedback_total", "Times that feedback came to stand in a state.", ["kind", "state"]
+)
+RECURATED = Counter(
+    "thumbwheel_collector_recurated_total", "Times that feedback changed its state because its user's standing did."
 )
 DUPLICATES = Counter("thumbwheel_collector_duplicates_total", "Submissions that had been recorded before.")
 REFUSED = Counter("thumbwheel_collector_refused_total", "Calls refused, by kind of error.", ["reason"])
@@ -36,7 +40,26 @@ PUBLISHED = Counter("thumbwheel_collector_published_total", "Events that the bro
 PUBLISH_REFUSED = Counter(
     "thumbwheel_collector_publish_refused_total", "Events that the broker will never take.", ["topic"]
 )
+ERASURES = Counter("thumbwheel_collector_erasures_total", "Erasures finished: of users, and of what was too old.")
 LOSSES = Counter("thumbwheel_collector_broker_losses_total", "Times that the broker had lost what it held.")
+
+
+class Told(Protocol):
+    """Feedback that came to stand in a state."""
+
+    @property
+    def kind(self) -> str:
+        """What it is."""
+
+    @property
+    def state(self) -> str:
+        """Where it stands."""
+
+
+def told(changed: Iterable[Told]) -> None:
+    """Counts feedback that came to stand in a state."""
+    for (kind, state), count in CountBy((one.kind, one.state) for one in changed).items():
+        FEEDBACK.labels(kind, state).inc(count)
 
 
 class Levels(NamedTuple):

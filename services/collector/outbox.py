@@ -1,6 +1,8 @@
 """The transactional outbox: what is to be published is committed together with what it says.
 
-Rows are kept after publishing: should the broker lose what it held, everything is published again from here.
+Rows are kept after publishing, for good: they are the history of what consumers were told, and it cannot be had from
+the record alone, which knows where things stand and not every state they went through. Should the broker lose what it
+held, everything is published again from here; `thumbwheel collector replay` does so when asked.
 """
 
 from __future__ import annotations
@@ -100,6 +102,15 @@ def republish(connection: Connection, ids: Mapping[str, str]) -> int:
     save_topic_ids(connection, ids)
     count: int = connection.execute(select(func.count()).select_from(outbox).where(unpublished)).scalar_one()
     return count
+
+
+def replay(connection: Connection, since: int) -> int:
+    """What was committed at or after `since` (microseconds since the epoch) is to be published again. Returns how much.
+
+    It goes out in the order of committing, with the bytes and ids it had: consumers drop what they have seen.
+    """
+    again = outbox.c.published_at.is_not(None) & outbox.c.refused.is_(None) & (outbox.c.created_at >= since)
+    return connection.execute(update(outbox).where(again).values(published_at=None)).rowcount
 
 
 def load_positions(connection: Connection, topics: Sequence[str]) -> dict[TopicPartition, int]:

@@ -23,23 +23,28 @@ from services.collector.config import CollectorSettings
 from services.collector.database import Database, Work
 from services.collector.outbox import Row
 from services.collector.pause import RETRIED, Pause
+from services.collector.rights.redaction import Redaction
+from services.collector.rights.tenants import Tenants
 from thumbwheel import errors
 from thumbwheel.stream import topics
-from thumbwheel.stream.log import Log, LossDetector, Outcome, Position, Producer, TopicPartition
+from thumbwheel.stream.log import Log, LossDetector, Outcome, Outgoing, Position, Producer, TopicPartition
 
 logger = logging.getLogger(__name__)
 
-WRITTEN = (topics.FEEDBACK, topics.COMPARISONS, topics.DEADLETTER)
+WRITTEN = (topics.FEEDBACK, topics.COMPARISONS, topics.THUMBS, topics.DEADLETTER)
 BROKER_SECONDS = 5.0
 
 
 class Relay:
     """Publishes the outbox for ever. The only writer of the topics of feedback and comparisons."""
 
-    def __init__(self, database: Database, log: Log, settings: CollectorSettings) -> None:
+    def __init__(
+        self, database: Database, log: Log, settings: CollectorSettings, redaction: Redaction | None = None
+    ) -> None:
         self._database = database
         self._log = log
         self._settings = settings
+        self._redaction = redaction or Redaction(Tenants())
         self._wake = asyncio.Event()
         self._pause = Pause(settings.max_backoff_seconds)
         self._producer: Producer | None = None
@@ -126,7 +131,7 @@ class Relay:
                 elif isinstance(outcome, errors.InvalidArgument):
                     refused[row.id] = str(outcome)
                     metrics.PUBLISH_REFUSED.labels(row.topic).inc()
-                    logger.error("the broker refuses an event", extra={"id": row.id, "error": str(outcome)})
+                    logger.error("an event is not published", extra={"id": row.id, "error": str(outcome)})
                 else:
                     fault = fault or outcome
         for topic, count in counts.items():
@@ -147,7 +152,8 @@ class Relay:
         """Where the broker put each row, or why it did not."""
         assert self._producer is not None, "settled before"
         producer = self._producer
-        sent = producer.send_all([(row.topic, row.key, row.value, row.headers) for row in rows])
+        leaving = [self._leaving(row) for row in rows]
+        sent = producer.send_all([one for one in leaving if not isinstance(one, errors.InvalidArgument)])
         done = asyncio.wrap_future(sent)
         while not done.done():
             await asyncio.wait([done], timeout=self._settings.loss_check_seconds)
@@ -156,7 +162,15 @@ class Relay:
                     await self._settle()  # the topics may have gone with the broker, and are then awaited in vain
                 except RETRIED as error:
                     logger.warning("the broker does not acknowledge", extra={"error": str(error)})
-        return done.result()
+        acknowledged = iter(done.result())
+        return [one if isinstance(one, errors.InvalidArgument) else next(acknowledged) for one in leaving]
+
+    def _leaving(self, row: Row) -> Outgoing | errors.InvalidArgument:
+        """A row as it may leave; one that cannot be redacted is refused as the broker would refuse it."""
+        try:
+            return row.topic, row.key, self._redaction.outgoing(row.schema, row.value), row.headers
+        except errors.InvalidArgument as error:
+            return error
 
     async def _settle(self, *, lost: bool = False) -> None:
         """Makes sure of the topics and of the producer; where the broker lost what it held, starts all over."""

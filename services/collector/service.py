@@ -7,40 +7,68 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 
-from services.collector import ledger, metrics, outbox
+from services.collector import guide, ledger, listing, metrics, outbox
+from services.collector.asking import Asking
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
 from services.collector.ingest import Ingest
-from services.collector.ledger import Recorded
+from services.collector.ledger import Curator
+from services.collector.raters import Assessor
+from services.collector.records import Recorded
 from services.collector.relay import Relay
+from services.collector.rights.eraser import Eraser
+from services.collector.rights.redaction import Redaction
+from services.collector.rights.tenants import Tenants
 from services.collector.submission import Checker, check_id
 from thumbwheel import errors, serving
 from thumbwheel.access import Security
 from thumbwheel.auth import ReceiptKey
+from thumbwheel.channels import Metadata, bearer, check_key, key_from_environment, open_channel
 from thumbwheel.stream import open_log
+from thumbwheel.tls import ClientTls
 from thumbwheel.v1 import preference_pb2_grpc
 from thumbwheel.v1.preference_pb2 import (
+    Feedback,
+    FeedbackRefusal,
+    FeedbackResult,
     ForgetRequest,
     ForgetResponse,
     GetFeedbackRequest,
     GetFeedbackResponse,
+    GetGuidelinesRequest,
+    GetGuidelinesResponse,
+    ListFeedbackRequest,
+    ListFeedbackResponse,
     NextComparisonRequest,
     NextComparisonResponse,
     RetractRequest,
     RetractResponse,
+    StreamFeedbackRequest,
+    StreamFeedbackResponse,
+    SubmitFeedbackBatchRequest,
+    SubmitFeedbackBatchResponse,
     SubmitFeedbackRequest,
     SubmitFeedbackResponse,
 )
+from thumbwheel.v1.reward_pb2_grpc import RewardServiceStub
+
+if TYPE_CHECKING:
+    from thumbwheel.v1.reward_pb2_grpc import RewardServiceAsyncStub
 
 NAME = "thumbwheel.v1.PreferenceService"
 MAX_FEEDBACK_IDS = 1_000
+MAX_BATCH = 1_000
+MAX_STREAM = 10_000
+RETRY_SECONDS = 1.0
+STREAM_AT_ONCE = 128
+"""Pieces of a stream that wait for the database together."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -48,25 +76,61 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
     """Implements `PreferenceService` on a database. `committed` is called after each commit that is to be published."""
 
-    def __init__(self, database: Database, checker: Checker, committed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        checker: Checker,
+        curator: Curator,
+        asking: Asking,
+        eraser: Eraser,
+        committed: Callable[[], None],
+    ) -> None:
         self._database = database
         self._checker = checker
+        self._curator = curator
+        self._asking = asking
         self._committed = committed
+        self._eraser = eraser
 
     async def SubmitFeedback(self, request: SubmitFeedbackRequest, context: Context) -> SubmitFeedbackResponse:
         """Returns when the feedback is durable."""
+        return await self._submit(request.feedback, _tenant(context), _traceparent(context))
+
+    async def SubmitFeedbackBatch(
+        self, request: SubmitFeedbackBatchRequest, context: Context
+    ) -> SubmitFeedbackBatchResponse:
+        """Returns when everything that was not refused is durable."""
         with _counted():
-            submission = self._checker.check(request.feedback, tenant=_tenant(context))
-            asked = ledger.Asked(submission, _traceparent(context))
-            recorded = await self._database.write_together(ledger.submit_all, asked)
-        if recorded.changed:
-            self._changed(recorded)
-        else:
-            metrics.DUPLICATES.inc()
-        record = recorded.record
-        return SubmitFeedbackResponse(
-            feedback_id=record.feedback_id, duplicate=not recorded.changed, received_at=record.received_at
-        )
+            if len(request.feedback) > MAX_BATCH:
+                raise errors.InvalidArgument(
+                    f"holds {len(request.feedback)} pieces.", field="feedback", remedy=f"Send {MAX_BATCH} at a time."
+                )
+            tenant = _tenant(context)
+        return SubmitFeedbackBatchResponse(results=await self._each(request.feedback, tenant, _traceparent(context)))
+
+    async def StreamFeedback(
+        self, request_iterator: AsyncIterator[StreamFeedbackRequest], context: Context
+    ) -> StreamFeedbackResponse:
+        """Records what comes in, some at a time; returns when everything that was not refused is durable."""
+        with _counted():
+            tenant = _tenant(context)
+        traceparent = _traceparent(context)
+        results: list[FeedbackResult] = []
+        waiting: list[Feedback] = []
+        async for request in request_iterator:
+            with _counted():
+                if len(results) + len(waiting) >= MAX_STREAM:
+                    raise errors.InvalidArgument(
+                        f"comes after {MAX_STREAM} others, which are recorded.",
+                        field="feedback",
+                        remedy="Open another stream, and send all of it there with the same keys.",
+                    )
+            waiting.append(request.feedback)
+            if len(waiting) >= STREAM_AT_ONCE:
+                results += await self._each(waiting, tenant, traceparent)
+                waiting = []
+        results += await self._each(waiting, tenant, traceparent)
+        return StreamFeedbackResponse(results=results)
 
     async def Retract(self, request: RetractRequest, context: Context) -> RetractResponse:
         """Returns when the retraction is durable."""
@@ -76,6 +140,7 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
             recorded = await self._database.write(
                 partial(
                     ledger.retract,
+                    curator=self._curator,
                     feedback_id=request.feedback_id,
                     user_id=request.user_id,
                     tenant=_tenant(context),
@@ -100,17 +165,77 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
             )
         return GetFeedbackResponse(records=records)
 
+    async def ListFeedback(self, request: ListFeedbackRequest, context: Context) -> ListFeedbackResponse:
+        """Reads what is committed."""
+        with _counted():
+            listing.check(request)
+            return await self._database.read(partial(listing.page, request=request, tenant=_tenant(context)))
+
+    async def GetGuidelines(self, request: GetGuidelinesRequest, context: Context) -> GetGuidelinesResponse:
+        """A version, made durable before it is shown to anybody."""
+        with _counted():
+            tenant = _tenant(context)
+            if request.version:
+                check_id(request.version, "version")
+                return await self._database.read(partial(guide.version, tenant=tenant, wanted=request.version))
+            newest = await self._database.read(partial(guide.newest, tenant=tenant))
+            if newest is not None:
+                return newest
+            return await self._database.write(partial(guide.publish, tenant=tenant))
+
     async def NextComparison(self, request: NextComparisonRequest, context: Context) -> NextComparisonResponse:
-        """Not there yet."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "NextComparison is not implemented in this version.")
+        """Returns when it is durable what is shown, and with which propensity."""
+        with _counted():
+            check_id(request.user_id, "user_id")
+            return await self._asking.next(_tenant(context), request.user_id)
 
     async def Forget(self, request: ForgetRequest, context: Context) -> ForgetResponse:
-        """Not there yet."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Forget is not implemented in this version.")
+        """Returns when nothing of the user is left in any file of the collector."""
+        with _counted():
+            check_id(request.user_id, "user_id")
+            return await self._eraser.forget(_tenant(context), request.user_id)
+
+    async def _submit(self, feedback: Feedback, tenant: str, traceparent: str) -> SubmitFeedbackResponse:
+        with _counted():
+            submission = self._checker.check(feedback, tenant=tenant)
+            recorded = await self._database.write(
+                partial(ledger.submit, curator=self._curator, submission=submission, traceparent=traceparent)
+            )
+        if recorded.changed:
+            self._changed(recorded)
+        else:
+            metrics.DUPLICATES.inc()
+        record = recorded.record
+        return SubmitFeedbackResponse(
+            feedback_id=record.feedback_id, duplicate=not recorded.changed, received_at=record.received_at
+        )
+
+    async def _each(self, feedback: Iterable[Feedback], tenant: str, traceparent: str) -> list[FeedbackResult]:
+        """What became of each. They are written in their order, and share commits."""
+
+        async def one(piece: Feedback) -> FeedbackResult:
+            try:
+                return FeedbackResult(recorded=await self._submit(piece, tenant, traceparent))
+            except errors.ThumbwheelError as error:
+                return FeedbackResult(refused=refusal(error))
+
+        return await asyncio.gather(*(one(piece) for piece in feedback))
 
     def _changed(self, recorded: Recorded) -> None:
-        metrics.FEEDBACK.labels(recorded.kind, recorded.state).inc()
+        metrics.told([recorded])
         self._committed()
+
+
+def refusal(error: errors.ThumbwheelError) -> FeedbackRefusal:
+    """An error as one of many pieces of feedback is told it."""
+    refused = FeedbackRefusal(code=error.code.value[0], message=str(error))
+    if isinstance(error, errors.InvalidArgument):
+        refused.field = error.field
+    if isinstance(error, errors.ResourceExhausted):
+        refused.retry_after = error.retry_after
+    elif isinstance(error, errors.Unavailable | errors.DeadlineExceeded):
+        refused.retry_after = RETRY_SECONDS
+    return refused
 
 
 @contextlib.contextmanager
@@ -154,22 +279,45 @@ async def opened(settings: CollectorSettings) -> AsyncIterator[Database]:
 
 async def collect(settings: CollectorSettings) -> None:
     """Runs the collector until SIGTERM. Feedback is taken while the broker is away, and published when it is back."""
-    checker = Checker(ReceiptKey.load(settings.keys_path), settings.max_text_bytes)
+    tenants = Tenants.load(settings.tenants_path)
+    checker = Checker(ReceiptKey.load(settings.keys_path), settings.max_text_bytes, tenants)
+    redaction = Redaction(tenants)
+    curator = Curator(settings.rules)
     log = open_log(settings.bootstrap_servers)
     try:
-        async with opened(settings) as database:
-            relay = Relay(database, log, settings)
-            ingest = Ingest(database, log, settings, relay.wake)
-            preferences = Preferences(database, checker, relay.wake)
+        async with opened(settings) as database, _reward(settings) as (reward, metadata):
+            relay = Relay(database, log, settings, redaction)
+            ingest = Ingest(database, log, settings, curator, relay.wake, tenants)
+            assessor = Assessor(database, settings.rules, settings.assess_seconds, relay.wake)
+            eraser = Eraser(database, settings, tenants, relay.wake)
+            asking = Asking(database, reward, metadata, settings.shares, settings.pick_window)
+            preferences = Preferences(database, checker, curator, asking, eraser, relay.wake)
             await serving.serve(
                 process="collector",
                 listen=settings.listen,
                 metrics_port=settings.metrics_port,
                 services=[NAME],
                 register=partial(preference_pb2_grpc.add_PreferenceServiceServicer_to_server, preferences),
-                background={"relay": relay.run, "ingest": ingest.run},
+                background={
+                    "relay": relay.run,
+                    "ingest": ingest.run,
+                    "assessor": assessor.run,
+                    "eraser": eraser.run,
+                },
                 drain_seconds=settings.drain_seconds,
                 security=Security.load(settings),
             )
     finally:
         log.close()
+
+
+@contextlib.asynccontextmanager
+async def _reward(settings: CollectorSettings) -> AsyncIterator[tuple[RewardServiceAsyncStub | None, Metadata]]:
+    """The reward service, and what calls of it carry: the API key and certificates that the environment names."""
+    if not settings.reward:
+        yield None, ()
+        return
+    key, tls = key_from_environment(), ClientTls.from_environment()
+    check_key(key, [settings.reward], tls, allow_insecure=settings.allow_insecure)
+    async with open_channel(settings.reward, tls=tls) as channel:
+        yield RewardServiceStub(channel), bearer(key)

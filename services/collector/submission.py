@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from services.collector.rights.tenants import Tenants
 from thumbwheel import errors
 from thumbwheel.auth import ReceiptKey
 from thumbwheel.v1.policy_pb2 import Receipt, ReceiptClaims
@@ -38,6 +39,8 @@ class Submission:
     body_sha256: bytes
     kind: str
     claims: tuple[ReceiptClaims, ...]
+    consent: bool
+    """Whether it may be learnt from."""
 
     @property
     def prompt_id(self) -> str:
@@ -51,6 +54,7 @@ class Checker:
 
     receipts: ReceiptKey
     max_text_bytes: int
+    tenants: Tenants = field(default_factory=Tenants)
 
     def check(self, feedback: Feedback, *, tenant: str) -> Submission:
         """The submission. Raises `errors.InvalidArgument` and `errors.PermissionDenied`, naming the field."""
@@ -88,7 +92,8 @@ class Checker:
             )
         # Tells a repeated submission from another one with the same key.
         body_sha256 = hashlib.sha256(feedback.SerializeToString(deterministic=True)).digest()
-        return Submission(tenant, feedback, body_sha256, kind, claims)
+        consent = self.tenants[tenant].consents(feedback.consent if feedback.HasField("consent") else None)
+        return Submission(tenant, feedback, body_sha256, kind, claims, consent)
 
     def _verified(self, receipt: Receipt, field: str, tenant: str) -> ReceiptClaims:
         if receipt == Receipt():
@@ -159,10 +164,10 @@ def _check_pair(a: ReceiptClaims, b: ReceiptClaims) -> None:
     fault = ""
     if a.generation_id == b.generation_id:
         fault = "is the same response as feedback.comparison.a."
-    elif a.prompt_id != b.prompt_id or a.prompt_sha256 != b.prompt_sha256:
+    elif a.prompt_sha256 != b.prompt_sha256 or (not a.prompt_sha256 and a.prompt_id != b.prompt_id):
         fault = "answers another prompt than feedback.comparison.a does."
     if fault:
-        remedy = "Compare two candidates of one request."
+        remedy = "Compare two responses to one prompt, such as two candidates of one request."
         raise errors.InvalidArgument(fault, field="feedback.comparison.b", remedy=remedy)
 
 

@@ -49,6 +49,7 @@ class Asked:
     params: pb.SamplingParams
     candidate_count: int = 1
     bulk: bool = False
+    consent: bool | None = None
 
 
 class Generating:
@@ -68,6 +69,7 @@ class Generating:
         tenant: str,
         user_id: str = "",
         version: str = "",
+        consent: bool | None = None,
         count: int = 1,
         stream: bool = False,
         bulk: bool = False,
@@ -111,6 +113,7 @@ class Generating:
             params=params,
             candidate_count=count,
             bulk=bulk,
+            consent=consent,
         )
 
     async def all(self, asked: Asked) -> list[pb.Generation]:
@@ -186,7 +189,8 @@ class Generating:
             version=generation.spans[-1].version if generation.spans else self.engine.version,
         )
         claims.issued_at.GetCurrentTime()
-        generation.receipt.CopyFrom(self._key.sign(claims))
+        if not asked.bulk:  # nobody is shown it, so nobody can judge it
+            generation.receipt.CopyFrom(self._key.sign(claims))
         TOKENS.labels("prompt").inc(len(asked.prompt_ids))
         TOKENS.labels("response").inc(len(generation.token_ids))
         event = GenerationEvent(
@@ -203,6 +207,7 @@ class Generating:
             # One version is loaded, so every request of a person is answered by it.
             shown_probability=None if asked.bulk else 1.0,
             bulk=asked.bulk,
+            consent=asked.consent,
         )
         for name in ("top_logprobs", "prompt_logprobs", "prompt_top_logprobs"):
             event.generation.ClearField(name)

@@ -28,6 +28,11 @@ FIRST_TOKEN = Histogram(
 MAX_CANDIDATES = 16
 
 
+def _consent(request: pb.GenerateRequest | pb.GenerateStreamRequest | pb.GenerateCandidatesRequest) -> bool | None:
+    """What the user said to learning from it; None: not asked."""
+    return request.consent if request.HasField("consent") else None
+
+
 class PolicyService(PolicyServiceServicer):
     """Generates with the live version and records every response. See `proto/thumbwheel/v1/policy.proto`."""
 
@@ -42,6 +47,7 @@ class PolicyService(PolicyServiceServicer):
             tenant=serving.tenant(context),
             user_id=request.user_id,
             version=request.version,
+            consent=_consent(request),
         )
         (generation,) = await self._all(asked)
         return pb.GenerateResponse(generation=generation)
@@ -56,6 +62,7 @@ class PolicyService(PolicyServiceServicer):
             tenant=serving.tenant(context),
             user_id=request.user_id,
             version=request.version,
+            consent=_consent(request),
             stream=True,
         )
         started: float | None = asyncio.get_running_loop().time()
@@ -82,6 +89,7 @@ class PolicyService(PolicyServiceServicer):
             tenant=serving.tenant(context),
             user_id=request.user_id,
             version=request.version,
+            consent=_consent(request),
             count=request.n,
         )
         return pb.GenerateCandidatesResponse(prompt_id=asked.prompt_id, candidates=await self._all(asked))

@@ -29,6 +29,7 @@ from thumbwheel.v1.rollout_pb2 import ModelRole
 
 pytestmark = pytest.mark.timeout(420)
 ENVIRONMENT = {
+    "THUMBWHEEL_LEARN_FROM_CUT": "true",  # every answer is cut here
     "THUMBWHEEL_MAX_MODEL_LEN": "512",
     "THUMBWHEEL_ROUND_SIZE": "8",
     "THUMBWHEEL_MAX_WAIT_SECONDS": "600",

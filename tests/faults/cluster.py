@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.faults import observe
 from tests.faults.checker import Delivery, Entry, History
 from tests.faults.observe import Query, Reader
-from tests.faults.postgres import Postgres
+from tests.postgres import Postgres
 from tests.support import Process, free_port
 from tests.unit.services.collector.parts import Deployment
 from thumbwheel.stream import open_log, topics

@@ -276,6 +276,8 @@ async def _deployment(settings: DemoSettings, console: Console) -> AsyncIterator
         "THUMBWHEEL_REWARD_LEARNING_RATE": str(settings.learning_rate),
         # At such a rate DPO alone overshoots: answers that were to become short became fragments.
         "THUMBWHEEL_NLL_WEIGHT": "1.0",
+        # Answers are short here, so that turns are quick: most end because they may be no longer.
+        "THUMBWHEEL_LEARN_FROM_CUT": "true",
         "THUMBWHEEL_MAX_MODEL_LEN": "1024",
         "THUMBWHEEL_SEED": str(settings.seed),
     }

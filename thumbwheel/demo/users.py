@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from thumbwheel import errors
-from thumbwheel.client import AsyncClient
+from thumbwheel.client import AsyncClient, Message
 from thumbwheel.demo.preferences import Preference
 from thumbwheel.v1.policy_pb2 import Generation, SamplingParams
 
@@ -98,13 +98,18 @@ class Users:
         return answer.feedback_id
 
     async def chat(self) -> None:
-        """One user who never leaves: streams an answer, reads it, gives it a thumb; also while weights are swapped."""
+        """One user who never leaves: streams an answer, reads it, gives it a thumb; also while weights are swapped.
+
+        Each question follows on the last answer, so no two thumbs are for one prompt and none make up a comparison.
+        """
+        said: list[Message] = []
         while True:
             prompt = self._next_prompt()
             try:
                 self.ledger.requests += 1
                 answer: Generation | None = None
-                async for piece in self._client.stream(prompt, sampling=self._sampling, user_id="chatter"):
+                asked = [*said, ("user", prompt)]
+                async for piece in self._client.stream(asked, sampling=self._sampling, user_id="chatter"):
                     answer = piece if isinstance(piece, Generation) else None
                 if answer is None:
                     raise errors.Internal("A stream ended without its closing message.")
@@ -113,6 +118,7 @@ class Users:
                 up = self._preference.shows(prompt, answer.text)
                 acked = await self._client.thumb(answer, up=up, user_id="chatter")
                 self.ledger.thumbs.add(acked.feedback_id)
+                said = [("user", prompt), ("assistant", answer.text or " ")]
             except errors.ThumbwheelError as error:
                 self.ledger.failed(error)
                 await asyncio.sleep(1.0)

@@ -7,6 +7,7 @@ from thumbwheel.stream.log import Topic
 GENERATIONS = "thumbwheel.generations.v1"
 FEEDBACK = "thumbwheel.feedback.v1"
 COMPARISONS = "thumbwheel.comparisons.v1"
+THUMBS = "thumbwheel.thumbs.v1"
 VERSIONS = "thumbwheel.versions.v1"
 DEADLETTER = "thumbwheel.deadletter.v1"
 
@@ -17,6 +18,7 @@ def topics(*, partitions: int, replication: int) -> tuple[Topic, ...]:
         Topic(GENERATIONS, partitions, replication),
         Topic(FEEDBACK, partitions, replication, republished=True),
         Topic(COMPARISONS, partitions, replication, republished=True),
+        Topic(THUMBS, partitions, replication, republished=True),
         Topic(VERSIONS, 1, replication, compacted=True),
         Topic(DEADLETTER, 1, replication),
     )

@@ -47,6 +47,34 @@ COMPARISON_STATE_RETRACTED: ComparisonState.ValueType  # 2
 """Do not learn from it any more."""
 Global___ComparisonState: _TypeAlias = ComparisonState  # noqa: Y015
 
+class _ComparisonSource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ComparisonSourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ComparisonSource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COMPARISON_SOURCE_UNSPECIFIED: _ComparisonSource.ValueType  # 0
+    """Not given."""
+    COMPARISON_SOURCE_VOTE: _ComparisonSource.ValueType  # 1
+    """A verdict on two responses."""
+    COMPARISON_SOURCE_EDIT: _ComparisonSource.ValueType  # 2
+    """A better answer, written by a user."""
+    COMPARISON_SOURCE_THUMBS: _ComparisonSource.ValueType  # 3
+    """A thumb up and a thumb down for two responses to one prompt."""
+
+class ComparisonSource(_ComparisonSource, metaclass=_ComparisonSourceEnumTypeWrapper):
+    """What a comparison was derived from."""
+
+COMPARISON_SOURCE_UNSPECIFIED: ComparisonSource.ValueType  # 0
+"""Not given."""
+COMPARISON_SOURCE_VOTE: ComparisonSource.ValueType  # 1
+"""A verdict on two responses."""
+COMPARISON_SOURCE_EDIT: ComparisonSource.ValueType  # 2
+"""A better answer, written by a user."""
+COMPARISON_SOURCE_THUMBS: ComparisonSource.ValueType  # 3
+"""A thumb up and a thumb down for two responses to one prompt."""
+Global___ComparisonSource: _TypeAlias = ComparisonSource  # noqa: Y015
+
 @_typing.final
 class GenerationEvent(_message.Message):
     """Topic `generations`, key = prompt id. Policy -> collector. A response as it was served."""
@@ -65,6 +93,7 @@ class GenerationEvent(_message.Message):
     FINISHED_AT_FIELD_NUMBER: _builtins.int
     SHOWN_PROBABILITY_FIELD_NUMBER: _builtins.int
     BULK_FIELD_NUMBER: _builtins.int
+    CONSENT_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     """Id of the event: the generation's id."""
     tenant: _builtins.str
@@ -82,6 +111,8 @@ class GenerationEvent(_message.Message):
     """
     bulk: _builtins.bool
     """Whether it was generated in bulk, for training, and shown to nobody."""
+    consent: _builtins.bool
+    """Whether the user agrees that it is learnt from; left out: not asked."""
     @_builtins.property
     def prompt(self) -> _policy_pb2.Prompt:
         """What was asked."""
@@ -117,13 +148,19 @@ class GenerationEvent(_message.Message):
         finished_at: _timestamp_pb2.Timestamp | None = ...,
         shown_probability: _builtins.float | None = ...,
         bulk: _builtins.bool = ...,
+        consent: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_shown_probability", b"_shown_probability", "finished_at", b"finished_at", "generation", b"generation", "prompt", b"prompt", "sampling", b"sampling", "shown_probability", b"shown_probability"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "_shown_probability", b"_shown_probability", "consent", b"consent", "finished_at", b"finished_at", "generation", b"generation", "prompt", b"prompt", "sampling", b"sampling", "shown_probability", b"shown_probability"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_shown_probability", b"_shown_probability", "bulk", b"bulk", "candidate_count", b"candidate_count", "candidate_index", b"candidate_index", "event_id", b"event_id", "finished_at", b"finished_at", "generation", b"generation", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "shown_probability", b"shown_probability", "tenant", b"tenant", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "_shown_probability", b"_shown_probability", "bulk", b"bulk", "candidate_count", b"candidate_count", "candidate_index", b"candidate_index", "consent", b"consent", "event_id", b"event_id", "finished_at", b"finished_at", "generation", b"generation", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "shown_probability", b"shown_probability", "tenant", b"tenant", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__consent: _TypeAlias = _typing.Literal["consent"]  # noqa: Y015
+    _WhichOneofArgType__consent: _TypeAlias = _typing.Literal["_consent", b"_consent"]  # noqa: Y015
     _WhichOneofReturnType__shown_probability: _TypeAlias = _typing.Literal["shown_probability"]  # noqa: Y015
     _WhichOneofArgType__shown_probability: _TypeAlias = _typing.Literal["_shown_probability", b"_shown_probability"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__consent) -> _WhichOneofReturnType__consent | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__shown_probability) -> _WhichOneofReturnType__shown_probability | None: ...
 
 Global___GenerationEvent: _TypeAlias = GenerationEvent  # noqa: Y015
@@ -220,6 +257,12 @@ class ComparisonEvent(_message.Message):
     ASPECTS_FIELD_NUMBER: _builtins.int
     CHOSEN_SHOWN_FIRST_FIELD_NUMBER: _builtins.int
     RECEIVED_AT_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    DEMONSTRATION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    PROPENSITY_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     """Id of the event (UUIDv7)."""
     comparison_id: _builtins.str
@@ -234,6 +277,18 @@ class ComparisonEvent(_message.Message):
     """Weight of the sample in the loss; 1 is usual."""
     chosen_shown_first: _builtins.bool
     """True where the chosen response was shown first."""
+    source: Global___ComparisonSource.ValueType
+    """What it was derived from."""
+    demonstration: _builtins.bool
+    """True where a person wrote the chosen response: it is a demonstration too."""
+    reason: _builtins.str
+    """Why it stands where it stands: a short code, such as "preferred" or "cycle"."""
+    propensity: _builtins.float
+    """Probability with which the pair was chosen to be shown in this order; left out: not known."""
+    strength: _builtins.float
+    """How strong the preference is, 0 (slight) to 1; left out: not asked."""
+    revision: _builtins.int
+    """Counts what was said of this comparison, from 1. What carries no higher number than was seen before is stale."""
     @_builtins.property
     def prompt(self) -> _policy_pb2.Prompt:
         """What was asked."""
@@ -279,14 +334,117 @@ class ComparisonEvent(_message.Message):
         aspects: _abc.Iterable[_preference_pb2.AspectPreference] | None = ...,
         chosen_shown_first: _builtins.bool = ...,
         received_at: _timestamp_pb2.Timestamp | None = ...,
+        source: Global___ComparisonSource.ValueType = ...,
+        demonstration: _builtins.bool = ...,
+        reason: _builtins.str = ...,
+        propensity: _builtins.float | None = ...,
+        strength: _builtins.float | None = ...,
+        revision: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen", "prompt", b"prompt", "received_at", b"received_at", "rejected", b"rejected"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_propensity", b"_propensity", "_strength", b"_strength", "chosen", b"chosen", "prompt", b"prompt", "propensity", b"propensity", "received_at", b"received_at", "rejected", b"rejected", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aspects", b"aspects", "chosen", b"chosen", "chosen_shown_first", b"chosen_shown_first", "comparison_id", b"comparison_id", "event_id", b"event_id", "feedback_ids", b"feedback_ids", "prompt", b"prompt", "prompt_id", b"prompt_id", "prompt_token_ids", b"prompt_token_ids", "received_at", b"received_at", "rejected", b"rejected", "state", b"state", "tenant", b"tenant", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_propensity", b"_propensity", "_strength", b"_strength", "aspects", b"aspects", "chosen", b"chosen", "chosen_shown_first", b"chosen_shown_first", "comparison_id", b"comparison_id", "demonstration", b"demonstration", "event_id", b"event_id", "feedback_ids", b"feedback_ids", "prompt", b"prompt", "prompt_id", b"prompt_id", "prompt_token_ids", b"prompt_token_ids", "propensity", b"propensity", "reason", b"reason", "received_at", b"received_at", "rejected", b"rejected", "revision", b"revision", "source", b"source", "state", b"state", "strength", b"strength", "tenant", b"tenant", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__propensity: _TypeAlias = _typing.Literal["propensity"]  # noqa: Y015
+    _WhichOneofArgType__propensity: _TypeAlias = _typing.Literal["_propensity", b"_propensity"]  # noqa: Y015
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__propensity) -> _WhichOneofReturnType__propensity | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
+
+Global___ComparisonEvent: _TypeAlias = ComparisonEvent  # noqa: Y015
+
+@_typing.final
+class ThumbEvent(_message.Message):
+    """Topic `thumbs`, key = prompt id. Collector -> trainer. A curated thumb that no opposite thumb was found for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_ID_FIELD_NUMBER: _builtins.int
+    THUMB_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    PROMPT_ID_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    FEEDBACK_IDS_FIELD_NUMBER: _builtins.int
+    ASPECTS_FIELD_NUMBER: _builtins.int
+    RECEIVED_AT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    event_id: _builtins.str
+    """Id of the event (UUIDv7)."""
+    thumb_id: _builtins.str
+    """The unpaired thumb (UUIDv7): the same in its acceptance and its retraction."""
+    state: Global___ComparisonState.ValueType
+    """Whether to learn from it."""
+    tenant: _builtins.str
+    """The tenant."""
+    prompt_id: _builtins.str
+    """The prompt's id."""
+    value: _preference_pb2.ThumbValue.ValueType
+    """Up or down."""
+    weight: _builtins.float
+    """Weight of the sample in the loss; 1 is usual."""
+    reason: _builtins.str
+    """Why it stands where it stands: a short code, such as "unpaired_thumb"."""
+    revision: _builtins.int
+    """Counts what was said of this thumb, from 1. What carries no higher number than was seen before is stale."""
+    @_builtins.property
+    def prompt(self) -> _policy_pb2.Prompt:
+        """What was asked."""
+
+    @_builtins.property
+    def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Its token ids, exactly as the model saw them."""
+
+    @_builtins.property
+    def response(self) -> Global___ComparedResponse:
+        """The response."""
+
+    @_builtins.property
+    def feedback_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The votes it rests on."""
+
+    @_builtins.property
+    def aspects(self) -> _containers.RepeatedCompositeFieldContainer[_preference_pb2.AspectThumb]:
+        """Thumbs in single respects."""
+
+    @_builtins.property
+    def received_at(self) -> _timestamp_pb2.Timestamp:
+        """When the last of its votes was committed."""
+
+    def __init__(
+        self,
+        *,
+        event_id: _builtins.str = ...,
+        thumb_id: _builtins.str = ...,
+        state: Global___ComparisonState.ValueType = ...,
+        tenant: _builtins.str = ...,
+        prompt_id: _builtins.str = ...,
+        prompt: _policy_pb2.Prompt | None = ...,
+        prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        response: Global___ComparedResponse | None = ...,
+        value: _preference_pb2.ThumbValue.ValueType = ...,
+        weight: _builtins.float = ...,
+        feedback_ids: _abc.Iterable[_builtins.str] | None = ...,
+        aspects: _abc.Iterable[_preference_pb2.AspectThumb] | None = ...,
+        received_at: _timestamp_pb2.Timestamp | None = ...,
+        reason: _builtins.str = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "received_at", b"received_at", "response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aspects", b"aspects", "event_id", b"event_id", "feedback_ids", b"feedback_ids", "prompt", b"prompt", "prompt_id", b"prompt_id", "prompt_token_ids", b"prompt_token_ids", "reason", b"reason", "received_at", b"received_at", "response", b"response", "revision", b"revision", "state", b"state", "tenant", b"tenant", "thumb_id", b"thumb_id", "value", b"value", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ComparisonEvent: _TypeAlias = ComparisonEvent  # noqa: Y015
+Global___ThumbEvent: _TypeAlias = ThumbEvent  # noqa: Y015
 
 @_typing.final
 class VersionEvent(_message.Message):

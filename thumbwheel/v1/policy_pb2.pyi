@@ -599,7 +599,7 @@ class Generation(_message.Message):
 
     @_builtins.property
     def receipt(self) -> Global___Receipt:
-        """Proof of origin, to be handed back with feedback."""
+        """Proof of origin, to be handed back with feedback. What GenerateBulk generates has none: nobody is shown it."""
 
     @_builtins.property
     def top_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
@@ -649,12 +649,15 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     USER_ID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    CONSENT_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Pseudonym of the end user, if any; at most 128 characters."""
     version: _builtins.str
     """Version, or channel such as "stable", that is to answer; empty: whichever is live. One that is not loaded here is
     refused. A response that a swap meets may still be finished by the next version: its spans say so.
     """
+    consent: _builtins.bool
+    """Whether the user agrees that prompt and response are learnt from; left out: not asked."""
     @_builtins.property
     def prompt(self) -> Global___Prompt:
         """What to continue."""
@@ -670,12 +673,15 @@ class GenerateRequest(_message.Message):
         sampling: Global___SamplingParams | None = ...,
         user_id: _builtins.str = ...,
         version: _builtins.str = ...,
+        consent: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "consent", b"consent", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling", "user_id", b"user_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "consent", b"consent", "prompt", b"prompt", "sampling", b"sampling", "user_id", b"user_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__consent: _TypeAlias = _typing.Literal["consent"]  # noqa: Y015
+    _WhichOneofArgType__consent: _TypeAlias = _typing.Literal["_consent", b"_consent"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__consent) -> _WhichOneofReturnType__consent | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
@@ -713,12 +719,15 @@ class GenerateStreamRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     USER_ID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    CONSENT_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """Pseudonym of the end user, if any; at most 128 characters."""
     version: _builtins.str
     """Version, or channel such as "stable", that is to answer; empty: whichever is live. One that is not loaded here is
     refused. A response that a swap meets may still be finished by the next version: its spans say so.
     """
+    consent: _builtins.bool
+    """Whether the user agrees that prompt and response are learnt from; left out: not asked."""
     @_builtins.property
     def prompt(self) -> Global___Prompt:
         """What to continue."""
@@ -734,12 +743,15 @@ class GenerateStreamRequest(_message.Message):
         sampling: Global___SamplingParams | None = ...,
         user_id: _builtins.str = ...,
         version: _builtins.str = ...,
+        consent: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "consent", b"consent", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling", "user_id", b"user_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "consent", b"consent", "prompt", b"prompt", "sampling", b"sampling", "user_id", b"user_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__consent: _TypeAlias = _typing.Literal["consent"]  # noqa: Y015
+    _WhichOneofArgType__consent: _TypeAlias = _typing.Literal["_consent", b"_consent"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__consent) -> _WhichOneofReturnType__consent | None: ...
 
 Global___GenerateStreamRequest: _TypeAlias = GenerateStreamRequest  # noqa: Y015
 
@@ -826,6 +838,7 @@ class GenerateCandidatesRequest(_message.Message):
     N_FIELD_NUMBER: _builtins.int
     USER_ID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    CONSENT_FIELD_NUMBER: _builtins.int
     n: _builtins.int
     """How many responses, 2 to 16."""
     user_id: _builtins.str
@@ -834,6 +847,8 @@ class GenerateCandidatesRequest(_message.Message):
     """Version, or channel such as "stable", that is to answer; empty: whichever is live. One that is not loaded here is
     refused. A response that a swap meets may still be finished by the next version: its spans say so.
     """
+    consent: _builtins.bool
+    """Whether the user agrees that prompt and response are learnt from; left out: not asked."""
     @_builtins.property
     def prompt(self) -> Global___Prompt:
         """What to continue."""
@@ -850,12 +865,15 @@ class GenerateCandidatesRequest(_message.Message):
         n: _builtins.int = ...,
         user_id: _builtins.str = ...,
         version: _builtins.str = ...,
+        consent: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "consent", b"consent", "prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["n", b"n", "prompt", b"prompt", "sampling", b"sampling", "user_id", b"user_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "consent", b"consent", "n", b"n", "prompt", b"prompt", "sampling", b"sampling", "user_id", b"user_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__consent: _TypeAlias = _typing.Literal["consent"]  # noqa: Y015
+    _WhichOneofArgType__consent: _TypeAlias = _typing.Literal["_consent", b"_consent"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__consent) -> _WhichOneofReturnType__consent | None: ...
 
 Global___GenerateCandidatesRequest: _TypeAlias = GenerateCandidatesRequest  # noqa: Y015
 

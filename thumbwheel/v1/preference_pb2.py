@@ -26,21 +26,23 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from thumbwheel.v1 import policy_pb2 as thumbwheel_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ethumbwheel/v1/preference.proto\x12\rthumbwheel.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1athumbwheel/v1/policy.proto\"Q\n\x10\x41spectPreference\x12\x0e\n\x06\x61spect\x18\x01 \x01(\t\x12-\n\npreference\x18\x02 \x01(\x0e\x32\x19.thumbwheel.v1.Preference\"\xff\x01\n\nComparison\x12!\n\x01\x61\x18\x01 \x01(\x0b\x32\x16.thumbwheel.v1.Receipt\x12!\n\x01\x62\x18\x02 \x01(\x0b\x32\x16.thumbwheel.v1.Receipt\x12-\n\npreference\x18\x03 \x01(\x0e\x32\x19.thumbwheel.v1.Preference\x12\x15\n\x08strength\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12\x30\n\x07\x61spects\x18\x05 \x03(\x0b\x32\x1f.thumbwheel.v1.AspectPreference\x12\x17\n\npropensity\x18\x06 \x01(\x02H\x01\x88\x01\x01\x42\x0b\n\t_strengthB\r\n\x0b_propensity\"G\n\x0b\x41spectThumb\x12\x0e\n\x06\x61spect\x18\x01 \x01(\t\x12(\n\x05value\x18\x02 \x01(\x0e\x32\x19.thumbwheel.v1.ThumbValue\"\x87\x01\n\x05Thumb\x12\'\n\x07receipt\x18\x01 \x01(\x0b\x32\x16.thumbwheel.v1.Receipt\x12(\n\x05value\x18\x02 \x01(\x0e\x32\x19.thumbwheel.v1.ThumbValue\x12+\n\x07\x61spects\x18\x03 \x03(\x0b\x32\x1a.thumbwheel.v1.AspectThumb\"=\n\x04\x45\x64it\x12\'\n\x07receipt\x18\x01 \x01(\x0b\x32\x16.thumbwheel.v1.Receipt\x12\x0c\n\x04text\x18\x02 \x01(\t\"@\n\x07\x43omment\x12\'\n\x07receipt\x18\x01 \x01(\x0b\x32\x16.thumbwheel.v1.Receipt\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x86\x01\n\x0eImplicitSignal\x12\'\n\x07receipt\x18\x01 \x01(\x0b\x32\x16.thumbwheel.v1.Receipt\x12)\n\x04kind\x18\x02 \x01(\x0e\x32\x1b.thumbwheel.v1.ImplicitKind\x12\x14\n\x07seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_seconds\"\xe1\x02\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12,\n\x08given_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x12guidelines_version\x18\x04 \x01(\t\x12/\n\ncomparison\x18\x05 \x01(\x0b\x32\x19.thumbwheel.v1.ComparisonH\x00\x12%\n\x05thumb\x18\x06 \x01(\x0b\x32\x14.thumbwheel.v1.ThumbH\x00\x12#\n\x04\x65\x64it\x18\x07 \x01(\x0b\x32\x13.thumbwheel.v1.EditH\x00\x12)\n\x07\x63omment\x18\x08 \x01(\x0b\x32\x16.thumbwheel.v1.CommentH\x00\x12\x31\n\x08implicit\x18\t \x01(\x0b\x32\x1d.thumbwheel.v1.ImplicitSignalH\x00\x42\x06\n\x04kind\"\xe5\x01\n\x0e\x46\x65\x65\x64\x62\x61\x63kRecord\x12\x13\n\x0b\x66\x65\x65\x64\x62\x61\x63k_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12)\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x03 \x01(\x0b\x32\x17.thumbwheel.v1.Feedback\x12+\n\x05state\x18\x04 \x01(\x0e\x32\x1c.thumbwheel.v1.FeedbackState\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x15\n\rcomparison_id\x18\x06 \x01(\t\x12/\n\x0breceived_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"B\n\x15SubmitFeedbackRequest\x12)\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x01 \x01(\x0b\x32\x17.thumbwheel.v1.Feedback\"q\n\x16SubmitFeedbackResponse\x12\x13\n\x0b\x66\x65\x65\x64\x62\x61\x63k_id\x18\x01 \x01(\t\x12\x11\n\tduplicate\x18\x02 \x01(\x08\x12/\n\x0breceived_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"6\n\x0eRetractRequest\x12\x13\n\x0b\x66\x65\x65\x64\x62\x61\x63k_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\"@\n\x0fRetractResponse\x12-\n\x06record\x18\x01 \x01(\x0b\x32\x1d.thumbwheel.v1.FeedbackRecord\"*\n\x12GetFeedbackRequest\x12\x14\n\x0c\x66\x65\x65\x64\x62\x61\x63k_ids\x18\x01 \x03(\t\"E\n\x13GetFeedbackResponse\x12.\n\x07records\x18\x01 \x03(\x0b\x32\x1d.thumbwheel.v1.FeedbackRecord\"(\n\x15NextComparisonRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\"\x9f\x01\n\x16NextComparisonResponse\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.thumbwheel.v1.Prompt\x12$\n\x01\x61\x18\x02 \x01(\x0b\x32\x19.thumbwheel.v1.Generation\x12$\n\x01\x62\x18\x03 \x01(\x0b\x32\x19.thumbwheel.v1.Generation\x12\x12\n\npropensity\x18\x04 \x01(\x02\" \n\rForgetRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\"\x8c\x01\n\x0e\x46orgetResponse\x12\x17\n\x0f\x66\x65\x65\x64\x62\x61\x63k_erased\x18\x01 \x01(\x04\x12\x1a\n\x12generations_erased\x18\x02 \x01(\x04\x12\x10\n\x08versions\x18\x03 \x03(\t\x12\x33\n\x0fstream_clean_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp*y\n\nPreference\x12\x1a\n\x16PREFERENCE_UNSPECIFIED\x10\x00\x12\x10\n\x0cPREFERENCE_A\x10\x01\x12\x10\n\x0cPREFERENCE_B\x10\x02\x12\x12\n\x0ePREFERENCE_TIE\x10\x03\x12\x17\n\x13PREFERENCE_BOTH_BAD\x10\x04*S\n\nThumbValue\x12\x1b\n\x17THUMB_VALUE_UNSPECIFIED\x10\x00\x12\x12\n\x0eTHUMB_VALUE_UP\x10\x01\x12\x14\n\x10THUMB_VALUE_DOWN\x10\x02*\x9e\x01\n\x0cImplicitKind\x12\x1d\n\x19IMPLICIT_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14IMPLICIT_KIND_COPIED\x10\x01\x12\x1d\n\x19IMPLICIT_KIND_REGENERATED\x10\x02\x12\x1b\n\x17IMPLICIT_KIND_ABANDONED\x10\x03\x12\x19\n\x15IMPLICIT_KIND_DWELLED\x10\x04*\xba\x01\n\rFeedbackState\x12\x1e\n\x1a\x46\x45\x45\x44\x42\x41\x43K_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46\x45\x45\x44\x42\x41\x43K_STATE_HELD\x10\x01\x12\x1b\n\x17\x46\x45\x45\x44\x42\x41\x43K_STATE_ACCEPTED\x10\x02\x12\x18\n\x14\x46\x45\x45\x44\x42\x41\x43K_STATE_APART\x10\x03\x12\x1b\n\x17\x46\x45\x45\x44\x42\x41\x43K_STATE_RECORDED\x10\x04\x12\x1c\n\x18\x46\x45\x45\x44\x42\x41\x43K_STATE_RETRACTED\x10\x05\x32\xb8\x03\n\x11PreferenceService\x12]\n\x0eSubmitFeedback\x12$.thumbwheel.v1.SubmitFeedbackRequest\x1a%.thumbwheel.v1.SubmitFeedbackResponse\x12H\n\x07Retract\x12\x1d.thumbwheel.v1.RetractRequest\x1a\x1e.thumbwheel.v1.RetractResponse\x12T\n\x0bGetFeedback\x12!.thumbwheel.v1.GetFeedbackRequest\x1a\".thumbwheel.v1.GetFeedbackResponse\x12]\n\x0eNextComparison\x12$.thumbwheel.v1.NextComparisonRequest\x1a%.thumbwheel.v1.NextComparisonResponse\x12\x45\n\x06\x46orget\x12\x1c.thumbwheel.v1.ForgetRequest\x1a\x1d.thumbwheel.v1.ForgetResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ethumbwheel/v1/preference.proto\x12\rthumbwheel.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1athumbwheel/v1/policy.proto\"Q\n\x10\x41spectPreference\x12\x0e\n\x06\x61spect\x18\x01 \x01(\t\x12-\n\npreference\x18\x02 \x01(\x0e\x32\x19.thumbwheel.v1.Preference\"\xff\x01\n\nComparison\x12!\n\x01\x61\x18\x01 \x01(\x0b\x32\x16.thumbwheel.v1.Receipt\x12!\n\x01\x62\x18\x02 \x01(\x0b\x32\x16.thumbwheel.v1.Receipt\x12-\n\npreference\x18\x03 \x01(\x0e\x32\x19.thumbwheel.v1.Preference\x12\x15\n\x08strength\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12\x30\n\x07\x61spects\x18\x05 \x03(\x0b\x32\x1f.thumbwheel.v1.AspectPreference\x12\x17\n\npropensity\x18\x06 \x01(\x02H\x01\x88\x01\x01\x42\x0b\n\t_strengthB\r\n\x0b_propensity\"G\n\x0b\x41spectThumb\x12\x0e\n\x06\x61spect\x18\x01 \x01(\t\x12(\n\x05value\x18\x02 \x01(\x0e\x32\x19.thumbwheel.v1.ThumbValue\"\x87\x01\n\x05Thumb\x12\'\n\x07receipt\x18\x01 \x01(\x0b\x32\x16.thumbwheel.v1.Receipt\x12(\n\x05value\x18\x02 \x01(\x0e\x32\x19.thumbwheel.v1.ThumbValue\x12+\n\x07\x61spects\x18\x03 \x03(\x0b\x32\x1a.thumbwheel.v1.AspectThumb\"=\n\x04\x45\x64it\x12\'\n\x07receipt\x18\x01 \x01(\x0b\x32\x16.thumbwheel.v1.Receipt\x12\x0c\n\x04text\x18\x02 \x01(\t\"@\n\x07\x43omment\x12\'\n\x07receipt\x18\x01 \x01(\x0b\x32\x16.thumbwheel.v1.Receipt\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x86\x01\n\x0eImplicitSignal\x12\'\n\x07receipt\x18\x01 \x01(\x0b\x32\x16.thumbwheel.v1.Receipt\x12)\n\x04kind\x18\x02 \x01(\x0e\x32\x1b.thumbwheel.v1.ImplicitKind\x12\x14\n\x07seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\n\n\x08_seconds\"\x83\x03\n\x08\x46\x65\x65\x64\x62\x61\x63k\x12\x17\n\x0fidempotency_key\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12,\n\x08given_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x12guidelines_version\x18\x04 \x01(\t\x12/\n\ncomparison\x18\x05 \x01(\x0b\x32\x19.thumbwheel.v1.ComparisonH\x00\x12%\n\x05thumb\x18\x06 \x01(\x0b\x32\x14.thumbwheel.v1.ThumbH\x00\x12#\n\x04\x65\x64it\x18\x07 \x01(\x0b\x32\x13.thumbwheel.v1.EditH\x00\x12)\n\x07\x63omment\x18\x08 \x01(\x0b\x32\x16.thumbwheel.v1.CommentH\x00\x12\x31\n\x08implicit\x18\t \x01(\x0b\x32\x1d.thumbwheel.v1.ImplicitSignalH\x00\x12\x14\n\x07\x63onsent\x18\n \x01(\x08H\x01\x88\x01\x01\x42\x06\n\x04kindB\n\n\x08_consent\"\x8c\x02\n\x0e\x46\x65\x65\x64\x62\x61\x63kRecord\x12\x13\n\x0b\x66\x65\x65\x64\x62\x61\x63k_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12)\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x03 \x01(\x0b\x32\x17.thumbwheel.v1.Feedback\x12+\n\x05state\x18\x04 \x01(\x0e\x32\x1c.thumbwheel.v1.FeedbackState\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x15\n\rcomparison_id\x18\x06 \x01(\t\x12/\n\x0breceived_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06weight\x18\x08 \x01(\x02\x12\x15\n\rsuperseded_by\x18\t \x01(\t\"B\n\x15SubmitFeedbackRequest\x12)\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x01 \x01(\x0b\x32\x17.thumbwheel.v1.Feedback\"q\n\x16SubmitFeedbackResponse\x12\x13\n\x0b\x66\x65\x65\x64\x62\x61\x63k_id\x18\x01 \x01(\t\x12\x11\n\tduplicate\x18\x02 \x01(\x08\x12/\n\x0breceived_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"6\n\x0eRetractRequest\x12\x13\n\x0b\x66\x65\x65\x64\x62\x61\x63k_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\"@\n\x0fRetractResponse\x12-\n\x06record\x18\x01 \x01(\x0b\x32\x1d.thumbwheel.v1.FeedbackRecord\"*\n\x12GetFeedbackRequest\x12\x14\n\x0c\x66\x65\x65\x64\x62\x61\x63k_ids\x18\x01 \x03(\t\"E\n\x13GetFeedbackResponse\x12.\n\x07records\x18\x01 \x03(\x0b\x32\x1d.thumbwheel.v1.FeedbackRecord\"(\n\x15NextComparisonRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\"\xce\x01\n\x16NextComparisonResponse\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.thumbwheel.v1.Prompt\x12$\n\x01\x61\x18\x02 \x01(\x0b\x32\x19.thumbwheel.v1.Generation\x12$\n\x01\x62\x18\x03 \x01(\x0b\x32\x19.thumbwheel.v1.Generation\x12\x12\n\npropensity\x18\x04 \x01(\x02\x12-\n\x08strategy\x18\x05 \x01(\x0e\x32\x1b.thumbwheel.v1.PickStrategy\" \n\rForgetRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\"\x93\x02\n\x0e\x46orgetResponse\x12\x17\n\x0f\x66\x65\x65\x64\x62\x61\x63k_erased\x18\x01 \x01(\x04\x12\x1a\n\x12generations_erased\x18\x02 \x01(\x04\x12\x10\n\x08versions\x18\x03 \x03(\t\x12\x33\n\x0fstream_clean_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1a\n\x12\x64\x65scended_versions\x18\x05 \x03(\t\x12\x1c\n\x14\x65xported_rows_erased\x18\x06 \x01(\x04\x12\x1c\n\x14\x65xports_out_of_reach\x18\x07 \x03(\t\x12-\n\terased_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"G\n\x1aSubmitFeedbackBatchRequest\x12)\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x01 \x03(\x0b\x32\x17.thumbwheel.v1.Feedback\"M\n\x1bSubmitFeedbackBatchResponse\x12.\n\x07results\x18\x01 \x03(\x0b\x32\x1d.thumbwheel.v1.FeedbackResult\"\x89\x01\n\x0e\x46\x65\x65\x64\x62\x61\x63kResult\x12\x39\n\x08recorded\x18\x01 \x01(\x0b\x32%.thumbwheel.v1.SubmitFeedbackResponseH\x00\x12\x31\n\x07refused\x18\x02 \x01(\x0b\x32\x1e.thumbwheel.v1.FeedbackRefusalH\x00\x42\t\n\x07outcome\"i\n\x0f\x46\x65\x65\x64\x62\x61\x63kRefusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x18\n\x0bretry_after\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x0e\n\x0c_retry_after\"B\n\x15StreamFeedbackRequest\x12)\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x01 \x01(\x0b\x32\x17.thumbwheel.v1.Feedback\"H\n\x16StreamFeedbackResponse\x12.\n\x07results\x18\x01 \x03(\x0b\x32\x1d.thumbwheel.v1.FeedbackResult\"\x9e\x01\n\x13ListFeedbackRequest\x12,\n\x06states\x18\x01 \x03(\x0e\x32\x1c.thumbwheel.v1.FeedbackState\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07user_id\x18\x03 \x01(\t\x12\x11\n\tprompt_id\x18\x04 \x01(\t\x12\x11\n\tpage_size\x18\x05 \x01(\r\x12\x12\n\npage_token\x18\x06 \x01(\t\"_\n\x14ListFeedbackResponse\x12.\n\x07records\x18\x01 \x03(\x0b\x32\x1d.thumbwheel.v1.FeedbackRecord\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\'\n\x14GetGuidelinesRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\"\x87\x01\n\x15GetGuidelinesResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06number\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12/\n\x07\x61spects\x18\x04 \x03(\x0b\x32\x1e.thumbwheel.v1.AspectGuideline\x12\x0e\n\x06\x63losed\x18\x05 \x01(\x08\"/\n\x0f\x41spectGuideline\x12\x0e\n\x06\x61spect\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t*y\n\nPreference\x12\x1a\n\x16PREFERENCE_UNSPECIFIED\x10\x00\x12\x10\n\x0cPREFERENCE_A\x10\x01\x12\x10\n\x0cPREFERENCE_B\x10\x02\x12\x12\n\x0ePREFERENCE_TIE\x10\x03\x12\x17\n\x13PREFERENCE_BOTH_BAD\x10\x04*S\n\nThumbValue\x12\x1b\n\x17THUMB_VALUE_UNSPECIFIED\x10\x00\x12\x12\n\x0eTHUMB_VALUE_UP\x10\x01\x12\x14\n\x10THUMB_VALUE_DOWN\x10\x02*\x9e\x01\n\x0cImplicitKind\x12\x1d\n\x19IMPLICIT_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14IMPLICIT_KIND_COPIED\x10\x01\x12\x1d\n\x19IMPLICIT_KIND_REGENERATED\x10\x02\x12\x1b\n\x17IMPLICIT_KIND_ABANDONED\x10\x03\x12\x19\n\x15IMPLICIT_KIND_DWELLED\x10\x04*\xf9\x01\n\rFeedbackState\x12\x1e\n\x1a\x46\x45\x45\x44\x42\x41\x43K_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x46\x45\x45\x44\x42\x41\x43K_STATE_HELD\x10\x01\x12\x1b\n\x17\x46\x45\x45\x44\x42\x41\x43K_STATE_ACCEPTED\x10\x02\x12\x18\n\x14\x46\x45\x45\x44\x42\x41\x43K_STATE_APART\x10\x03\x12\x1b\n\x17\x46\x45\x45\x44\x42\x41\x43K_STATE_RECORDED\x10\x04\x12\x1c\n\x18\x46\x45\x45\x44\x42\x41\x43K_STATE_RETRACTED\x10\x05\x12\x1d\n\x19\x46\x45\x45\x44\x42\x41\x43K_STATE_SUPERSEDED\x10\x06\x12\x1e\n\x1a\x46\x45\x45\x44\x42\x41\x43K_STATE_QUARANTINED\x10\x07*|\n\x0cPickStrategy\x12\x1d\n\x19PICK_STRATEGY_UNSPECIFIED\x10\x00\x12\x18\n\x14PICK_STRATEGY_RANDOM\x10\x01\x12\x16\n\x12PICK_STRATEGY_DUEL\x10\x02\x12\x1b\n\x17PICK_STRATEGY_UNCERTAIN\x10\x03\x32\xbc\x06\n\x11PreferenceService\x12]\n\x0eSubmitFeedback\x12$.thumbwheel.v1.SubmitFeedbackRequest\x1a%.thumbwheel.v1.SubmitFeedbackResponse\x12H\n\x07Retract\x12\x1d.thumbwheel.v1.RetractRequest\x1a\x1e.thumbwheel.v1.RetractResponse\x12T\n\x0bGetFeedback\x12!.thumbwheel.v1.GetFeedbackRequest\x1a\".thumbwheel.v1.GetFeedbackResponse\x12]\n\x0eNextComparison\x12$.thumbwheel.v1.NextComparisonRequest\x1a%.thumbwheel.v1.NextComparisonResponse\x12\x45\n\x06\x46orget\x12\x1c.thumbwheel.v1.ForgetRequest\x1a\x1d.thumbwheel.v1.ForgetResponse\x12l\n\x13SubmitFeedbackBatch\x12).thumbwheel.v1.SubmitFeedbackBatchRequest\x1a*.thumbwheel.v1.SubmitFeedbackBatchResponse\x12_\n\x0eStreamFeedback\x12$.thumbwheel.v1.StreamFeedbackRequest\x1a%.thumbwheel.v1.StreamFeedbackResponse(\x01\x12W\n\x0cListFeedback\x12\".thumbwheel.v1.ListFeedbackRequest\x1a#.thumbwheel.v1.ListFeedbackResponse\x12Z\n\rGetGuidelines\x12#.thumbwheel.v1.GetGuidelinesRequest\x1a$.thumbwheel.v1.GetGuidelinesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'thumbwheel.v1.preference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PREFERENCE']._serialized_start=2317
-  _globals['_PREFERENCE']._serialized_end=2438
-  _globals['_THUMBVALUE']._serialized_start=2440
-  _globals['_THUMBVALUE']._serialized_end=2523
-  _globals['_IMPLICITKIND']._serialized_start=2526
-  _globals['_IMPLICITKIND']._serialized_end=2684
-  _globals['_FEEDBACKSTATE']._serialized_start=2687
-  _globals['_FEEDBACKSTATE']._serialized_end=2873
+  _globals['_PREFERENCE']._serialized_start=3599
+  _globals['_PREFERENCE']._serialized_end=3720
+  _globals['_THUMBVALUE']._serialized_start=3722
+  _globals['_THUMBVALUE']._serialized_end=3805
+  _globals['_IMPLICITKIND']._serialized_start=3808
+  _globals['_IMPLICITKIND']._serialized_end=3966
+  _globals['_FEEDBACKSTATE']._serialized_start=3969
+  _globals['_FEEDBACKSTATE']._serialized_end=4218
+  _globals['_PICKSTRATEGY']._serialized_start=4220
+  _globals['_PICKSTRATEGY']._serialized_end=4344
   _globals['_ASPECTPREFERENCE']._serialized_start=110
   _globals['_ASPECTPREFERENCE']._serialized_end=191
   _globals['_COMPARISON']._serialized_start=194
@@ -56,29 +58,51 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_IMPLICITSIGNAL']._serialized_start=792
   _globals['_IMPLICITSIGNAL']._serialized_end=926
   _globals['_FEEDBACK']._serialized_start=929
-  _globals['_FEEDBACK']._serialized_end=1282
-  _globals['_FEEDBACKRECORD']._serialized_start=1285
-  _globals['_FEEDBACKRECORD']._serialized_end=1514
-  _globals['_SUBMITFEEDBACKREQUEST']._serialized_start=1516
-  _globals['_SUBMITFEEDBACKREQUEST']._serialized_end=1582
-  _globals['_SUBMITFEEDBACKRESPONSE']._serialized_start=1584
-  _globals['_SUBMITFEEDBACKRESPONSE']._serialized_end=1697
-  _globals['_RETRACTREQUEST']._serialized_start=1699
-  _globals['_RETRACTREQUEST']._serialized_end=1753
-  _globals['_RETRACTRESPONSE']._serialized_start=1755
-  _globals['_RETRACTRESPONSE']._serialized_end=1819
-  _globals['_GETFEEDBACKREQUEST']._serialized_start=1821
-  _globals['_GETFEEDBACKREQUEST']._serialized_end=1863
-  _globals['_GETFEEDBACKRESPONSE']._serialized_start=1865
-  _globals['_GETFEEDBACKRESPONSE']._serialized_end=1934
-  _globals['_NEXTCOMPARISONREQUEST']._serialized_start=1936
-  _globals['_NEXTCOMPARISONREQUEST']._serialized_end=1976
-  _globals['_NEXTCOMPARISONRESPONSE']._serialized_start=1979
-  _globals['_NEXTCOMPARISONRESPONSE']._serialized_end=2138
-  _globals['_FORGETREQUEST']._serialized_start=2140
-  _globals['_FORGETREQUEST']._serialized_end=2172
-  _globals['_FORGETRESPONSE']._serialized_start=2175
-  _globals['_FORGETRESPONSE']._serialized_end=2315
-  _globals['_PREFERENCESERVICE']._serialized_start=2876
-  _globals['_PREFERENCESERVICE']._serialized_end=3316
+  _globals['_FEEDBACK']._serialized_end=1316
+  _globals['_FEEDBACKRECORD']._serialized_start=1319
+  _globals['_FEEDBACKRECORD']._serialized_end=1587
+  _globals['_SUBMITFEEDBACKREQUEST']._serialized_start=1589
+  _globals['_SUBMITFEEDBACKREQUEST']._serialized_end=1655
+  _globals['_SUBMITFEEDBACKRESPONSE']._serialized_start=1657
+  _globals['_SUBMITFEEDBACKRESPONSE']._serialized_end=1770
+  _globals['_RETRACTREQUEST']._serialized_start=1772
+  _globals['_RETRACTREQUEST']._serialized_end=1826
+  _globals['_RETRACTRESPONSE']._serialized_start=1828
+  _globals['_RETRACTRESPONSE']._serialized_end=1892
+  _globals['_GETFEEDBACKREQUEST']._serialized_start=1894
+  _globals['_GETFEEDBACKREQUEST']._serialized_end=1936
+  _globals['_GETFEEDBACKRESPONSE']._serialized_start=1938
+  _globals['_GETFEEDBACKRESPONSE']._serialized_end=2007
+  _globals['_NEXTCOMPARISONREQUEST']._serialized_start=2009
+  _globals['_NEXTCOMPARISONREQUEST']._serialized_end=2049
+  _globals['_NEXTCOMPARISONRESPONSE']._serialized_start=2052
+  _globals['_NEXTCOMPARISONRESPONSE']._serialized_end=2258
+  _globals['_FORGETREQUEST']._serialized_start=2260
+  _globals['_FORGETREQUEST']._serialized_end=2292
+  _globals['_FORGETRESPONSE']._serialized_start=2295
+  _globals['_FORGETRESPONSE']._serialized_end=2570
+  _globals['_SUBMITFEEDBACKBATCHREQUEST']._serialized_start=2572
+  _globals['_SUBMITFEEDBACKBATCHREQUEST']._serialized_end=2643
+  _globals['_SUBMITFEEDBACKBATCHRESPONSE']._serialized_start=2645
+  _globals['_SUBMITFEEDBACKBATCHRESPONSE']._serialized_end=2722
+  _globals['_FEEDBACKRESULT']._serialized_start=2725
+  _globals['_FEEDBACKRESULT']._serialized_end=2862
+  _globals['_FEEDBACKREFUSAL']._serialized_start=2864
+  _globals['_FEEDBACKREFUSAL']._serialized_end=2969
+  _globals['_STREAMFEEDBACKREQUEST']._serialized_start=2971
+  _globals['_STREAMFEEDBACKREQUEST']._serialized_end=3037
+  _globals['_STREAMFEEDBACKRESPONSE']._serialized_start=3039
+  _globals['_STREAMFEEDBACKRESPONSE']._serialized_end=3111
+  _globals['_LISTFEEDBACKREQUEST']._serialized_start=3114
+  _globals['_LISTFEEDBACKREQUEST']._serialized_end=3272
+  _globals['_LISTFEEDBACKRESPONSE']._serialized_start=3274
+  _globals['_LISTFEEDBACKRESPONSE']._serialized_end=3369
+  _globals['_GETGUIDELINESREQUEST']._serialized_start=3371
+  _globals['_GETGUIDELINESREQUEST']._serialized_end=3410
+  _globals['_GETGUIDELINESRESPONSE']._serialized_start=3413
+  _globals['_GETGUIDELINESRESPONSE']._serialized_end=3548
+  _globals['_ASPECTGUIDELINE']._serialized_start=3550
+  _globals['_ASPECTGUIDELINE']._serialized_end=3597
+  _globals['_PREFERENCESERVICE']._serialized_start=4347
+  _globals['_PREFERENCESERVICE']._serialized_end=5175
 # @@protoc_insertion_point(module_scope)

@@ -122,11 +122,15 @@ class _FeedbackStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Feedbac
     FEEDBACK_STATE_ACCEPTED: _FeedbackState.ValueType  # 2
     """Joined to its generations and emitted for training."""
     FEEDBACK_STATE_APART: _FeedbackState.ValueType  # 3
-    """Joined, recorded and kept apart: a tie, or neither was acceptable."""
+    """Joined, recorded and kept apart, for the reason given, such as "tie" or "cycle"."""
     FEEDBACK_STATE_RECORDED: _FeedbackState.ValueType  # 4
     """Joined and recorded; of a kind that is not trained on as a comparison."""
     FEEDBACK_STATE_RETRACTED: _FeedbackState.ValueType  # 5
     """Taken back."""
+    FEEDBACK_STATE_SUPERSEDED: _FeedbackState.ValueType  # 6
+    """The same user judged the same thing anew: the later judgement stands, this one is history."""
+    FEEDBACK_STATE_QUARANTINED: _FeedbackState.ValueType  # 7
+    """Kept apart for as long as the user who gave it is not trusted."""
 
 class FeedbackState(_FeedbackState, metaclass=_FeedbackStateEnumTypeWrapper):
     """What has become of a piece of feedback."""
@@ -138,12 +142,44 @@ FEEDBACK_STATE_HELD: FeedbackState.ValueType  # 1
 FEEDBACK_STATE_ACCEPTED: FeedbackState.ValueType  # 2
 """Joined to its generations and emitted for training."""
 FEEDBACK_STATE_APART: FeedbackState.ValueType  # 3
-"""Joined, recorded and kept apart: a tie, or neither was acceptable."""
+"""Joined, recorded and kept apart, for the reason given, such as "tie" or "cycle"."""
 FEEDBACK_STATE_RECORDED: FeedbackState.ValueType  # 4
 """Joined and recorded; of a kind that is not trained on as a comparison."""
 FEEDBACK_STATE_RETRACTED: FeedbackState.ValueType  # 5
 """Taken back."""
+FEEDBACK_STATE_SUPERSEDED: FeedbackState.ValueType  # 6
+"""The same user judged the same thing anew: the later judgement stands, this one is history."""
+FEEDBACK_STATE_QUARANTINED: FeedbackState.ValueType  # 7
+"""Kept apart for as long as the user who gave it is not trusted."""
 Global___FeedbackState: _TypeAlias = FeedbackState  # noqa: Y015
+
+class _PickStrategy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PickStrategyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PickStrategy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PICK_STRATEGY_UNSPECIFIED: _PickStrategy.ValueType  # 0
+    """Not given."""
+    PICK_STRATEGY_RANDOM: _PickStrategy.ValueType  # 1
+    """Uniformly at random: for measurement that nothing has biased."""
+    PICK_STRATEGY_DUEL: _PickStrategy.ValueType  # 2
+    """Two responses of different policy versions."""
+    PICK_STRATEGY_UNCERTAIN: _PickStrategy.ValueType  # 3
+    """The pair that the reward model is least sure of."""
+
+class PickStrategy(_PickStrategy, metaclass=_PickStrategyEnumTypeWrapper):
+    """How a pair was picked to be compared."""
+
+PICK_STRATEGY_UNSPECIFIED: PickStrategy.ValueType  # 0
+"""Not given."""
+PICK_STRATEGY_RANDOM: PickStrategy.ValueType  # 1
+"""Uniformly at random: for measurement that nothing has biased."""
+PICK_STRATEGY_DUEL: PickStrategy.ValueType  # 2
+"""Two responses of different policy versions."""
+PICK_STRATEGY_UNCERTAIN: PickStrategy.ValueType  # 3
+"""The pair that the reward model is least sure of."""
+Global___PickStrategy: _TypeAlias = PickStrategy  # noqa: Y015
 
 @_typing.final
 class AspectPreference(_message.Message):
@@ -391,6 +427,7 @@ class Feedback(_message.Message):
     EDIT_FIELD_NUMBER: _builtins.int
     COMMENT_FIELD_NUMBER: _builtins.int
     IMPLICIT_FIELD_NUMBER: _builtins.int
+    CONSENT_FIELD_NUMBER: _builtins.int
     idempotency_key: _builtins.str
     """Chosen by the client, unique within a tenant; 1 to 128 characters. Sent again with the same content, the first
     result is returned; with other content, it is refused.
@@ -399,6 +436,10 @@ class Feedback(_message.Message):
     """Pseudonym of the user whose judgement it is; 1 to 128 characters."""
     guidelines_version: _builtins.str
     """Version of the annotation guidelines the user was shown; empty: none."""
+    consent: _builtins.bool
+    """Whether the user agrees that it is learnt from; left out: not asked. Where the tenant requires consent, only a yes
+    counts; a no counts everywhere.
+    """
     @_builtins.property
     def given_at(self) -> _timestamp_pb2.Timestamp:
         """When the user gave it, by the client's clock; left out: when it arrived."""
@@ -435,13 +476,19 @@ class Feedback(_message.Message):
         edit: Global___Edit | None = ...,
         comment: Global___Comment | None = ...,
         implicit: Global___ImplicitSignal | None = ...,
+        consent: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["comment", b"comment", "comparison", b"comparison", "edit", b"edit", "given_at", b"given_at", "implicit", b"implicit", "kind", b"kind", "thumb", b"thumb"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "comment", b"comment", "comparison", b"comparison", "consent", b"consent", "edit", b"edit", "given_at", b"given_at", "implicit", b"implicit", "kind", b"kind", "thumb", b"thumb"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["comment", b"comment", "comparison", b"comparison", "edit", b"edit", "given_at", b"given_at", "guidelines_version", b"guidelines_version", "idempotency_key", b"idempotency_key", "implicit", b"implicit", "kind", b"kind", "thumb", b"thumb", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_consent", b"_consent", "comment", b"comment", "comparison", b"comparison", "consent", b"consent", "edit", b"edit", "given_at", b"given_at", "guidelines_version", b"guidelines_version", "idempotency_key", b"idempotency_key", "implicit", b"implicit", "kind", b"kind", "thumb", b"thumb", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__consent: _TypeAlias = _typing.Literal["consent"]  # noqa: Y015
+    _WhichOneofArgType__consent: _TypeAlias = _typing.Literal["_consent", b"_consent"]  # noqa: Y015
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["comparison", "thumb", "edit", "comment", "implicit"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__consent) -> _WhichOneofReturnType__consent | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___Feedback: _TypeAlias = Feedback  # noqa: Y015
@@ -459,6 +506,8 @@ class FeedbackRecord(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     COMPARISON_ID_FIELD_NUMBER: _builtins.int
     RECEIVED_AT_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    SUPERSEDED_BY_FIELD_NUMBER: _builtins.int
     feedback_id: _builtins.str
     """Its id (UUIDv7), given by the collector."""
     tenant: _builtins.str
@@ -469,6 +518,10 @@ class FeedbackRecord(_message.Message):
     """Why it is in that state: a short code, such as "tie"."""
     comparison_id: _builtins.str
     """The comparison derived from it (UUIDv7), if any."""
+    weight: _builtins.float
+    """Weight with which it is learnt from; 0 where it is not."""
+    superseded_by: _builtins.str
+    """The feedback that took its place, where it is superseded."""
     @_builtins.property
     def feedback(self) -> Global___Feedback:
         """What was submitted."""
@@ -487,10 +540,12 @@ class FeedbackRecord(_message.Message):
         reason: _builtins.str = ...,
         comparison_id: _builtins.str = ...,
         received_at: _timestamp_pb2.Timestamp | None = ...,
+        weight: _builtins.float = ...,
+        superseded_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["feedback", b"feedback", "received_at", b"received_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparison_id", b"comparison_id", "feedback", b"feedback", "feedback_id", b"feedback_id", "reason", b"reason", "received_at", b"received_at", "state", b"state", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparison_id", b"comparison_id", "feedback", b"feedback", "feedback_id", b"feedback_id", "reason", b"reason", "received_at", b"received_at", "state", b"state", "superseded_by", b"superseded_by", "tenant", b"tenant", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -658,7 +713,7 @@ class NextComparisonRequest(_message.Message):
 
     USER_ID_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
-    """The user who will judge."""
+    """The user who will judge; is never shown the same pair twice."""
     def __init__(
         self,
         *,
@@ -682,8 +737,11 @@ class NextComparisonResponse(_message.Message):
     A_FIELD_NUMBER: _builtins.int
     B_FIELD_NUMBER: _builtins.int
     PROPENSITY_FIELD_NUMBER: _builtins.int
+    STRATEGY_FIELD_NUMBER: _builtins.int
     propensity: _builtins.float
-    """Probability with which these two were chosen in this order."""
+    """Probability with which these two were chosen in this order, among all pairs that this user could have been shown."""
+    strategy: Global___PickStrategy.ValueType
+    """How they were picked."""
     @_builtins.property
     def prompt(self) -> _policy_pb2.Prompt:
         """What was asked."""
@@ -703,10 +761,11 @@ class NextComparisonResponse(_message.Message):
         a: _policy_pb2.Generation | None = ...,
         b: _policy_pb2.Generation | None = ...,
         propensity: _builtins.float = ...,
+        strategy: Global___PickStrategy.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["a", b"a", "b", b"b", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["a", b"a", "b", b"b", "prompt", b"prompt", "propensity", b"propensity"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["a", b"a", "b", b"b", "prompt", b"prompt", "propensity", b"propensity", "strategy", b"strategy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -736,7 +795,9 @@ Global___ForgetRequest: _TypeAlias = ForgetRequest  # noqa: Y015
 
 @_typing.final
 class ForgetResponse(_message.Message):
-    """Response of Forget."""
+    """Response of Forget: sent when nothing of the user is left in any file of the collector. Asked again, it says the same,
+    with the versions that came to light since.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -744,17 +805,35 @@ class ForgetResponse(_message.Message):
     GENERATIONS_ERASED_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
     STREAM_CLEAN_AT_FIELD_NUMBER: _builtins.int
+    DESCENDED_VERSIONS_FIELD_NUMBER: _builtins.int
+    EXPORTED_ROWS_ERASED_FIELD_NUMBER: _builtins.int
+    EXPORTS_OUT_OF_REACH_FIELD_NUMBER: _builtins.int
+    ERASED_AT_FIELD_NUMBER: _builtins.int
     feedback_erased: _builtins.int
-    """Pieces of feedback erased."""
+    """Pieces of feedback erased: the user's, and what others said of the user's generations."""
     generations_erased: _builtins.int
     """Generations erased."""
+    exported_rows_erased: _builtins.int
+    """Rows erased from exported files."""
     @_builtins.property
     def versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Versions that learnt from what was erased."""
+        """Versions that learnt from what was erased, in a round of their own."""
 
     @_builtins.property
     def stream_clean_at(self) -> _timestamp_pb2.Timestamp:
         """When the stream's retention will have removed the rest."""
+
+    @_builtins.property
+    def descended_versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Versions trained further from one of those, directly or not."""
+
+    @_builtins.property
+    def exports_out_of_reach(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Exported files that held, or may have held, rows of the user and could not be reached: erase them there by hand."""
+
+    @_builtins.property
+    def erased_at(self) -> _timestamp_pb2.Timestamp:
+        """When the last of it was off the collector's disk."""
 
     def __init__(
         self,
@@ -763,11 +842,339 @@ class ForgetResponse(_message.Message):
         generations_erased: _builtins.int = ...,
         versions: _abc.Iterable[_builtins.str] | None = ...,
         stream_clean_at: _timestamp_pb2.Timestamp | None = ...,
+        descended_versions: _abc.Iterable[_builtins.str] | None = ...,
+        exported_rows_erased: _builtins.int = ...,
+        exports_out_of_reach: _abc.Iterable[_builtins.str] | None = ...,
+        erased_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["stream_clean_at", b"stream_clean_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["erased_at", b"erased_at", "stream_clean_at", b"stream_clean_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["feedback_erased", b"feedback_erased", "generations_erased", b"generations_erased", "stream_clean_at", b"stream_clean_at", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["descended_versions", b"descended_versions", "erased_at", b"erased_at", "exported_rows_erased", b"exported_rows_erased", "exports_out_of_reach", b"exports_out_of_reach", "feedback_erased", b"feedback_erased", "generations_erased", b"generations_erased", "stream_clean_at", b"stream_clean_at", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ForgetResponse: _TypeAlias = ForgetResponse  # noqa: Y015
+
+@_typing.final
+class SubmitFeedbackBatchRequest(_message.Message):
+    """Request of SubmitFeedbackBatch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEEDBACK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def feedback(self) -> _containers.RepeatedCompositeFieldContainer[Global___Feedback]:
+        """What is submitted, at most 1,000 pieces."""
+
+    def __init__(
+        self,
+        *,
+        feedback: _abc.Iterable[Global___Feedback] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feedback", b"feedback"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitFeedbackBatchRequest: _TypeAlias = SubmitFeedbackBatchRequest  # noqa: Y015
+
+@_typing.final
+class SubmitFeedbackBatchResponse(_message.Message):
+    """Response of SubmitFeedbackBatch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeedbackResult]:
+        """What became of each, in the order of the request."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___FeedbackResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SubmitFeedbackBatchResponse: _TypeAlias = SubmitFeedbackBatchResponse  # noqa: Y015
+
+@_typing.final
+class FeedbackResult(_message.Message):
+    """What became of one of many pieces of feedback."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORDED_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def recorded(self) -> Global___SubmitFeedbackResponse:
+        """It is durable."""
+
+    @_builtins.property
+    def refused(self) -> Global___FeedbackRefusal:
+        """It was refused."""
+
+    def __init__(
+        self,
+        *,
+        recorded: Global___SubmitFeedbackResponse | None = ...,
+        refused: Global___FeedbackRefusal | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome", "recorded", b"recorded", "refused", b"refused"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcome", b"outcome", "recorded", b"recorded", "refused", b"refused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["recorded", "refused"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___FeedbackResult: _TypeAlias = FeedbackResult  # noqa: Y015
+
+@_typing.final
+class FeedbackRefusal(_message.Message):
+    """Why a piece of feedback was refused, as SubmitFeedback would have said it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_FIELD_NUMBER: _builtins.int
+    code: _builtins.int
+    """The gRPC status code."""
+    message: _builtins.str
+    """What is wrong, and what to do."""
+    field: _builtins.str
+    """The field that is wrong; empty: none in particular."""
+    retry_after: _builtins.float
+    """Seconds after which it may succeed, sent again unchanged; left out: it will not."""
+    def __init__(
+        self,
+        *,
+        code: _builtins.int = ...,
+        message: _builtins.str = ...,
+        field: _builtins.str = ...,
+        retry_after: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_retry_after", b"_retry_after", "retry_after", b"retry_after"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_retry_after", b"_retry_after", "code", b"code", "field", b"field", "message", b"message", "retry_after", b"retry_after"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__retry_after: _TypeAlias = _typing.Literal["retry_after"]  # noqa: Y015
+    _WhichOneofArgType__retry_after: _TypeAlias = _typing.Literal["_retry_after", b"_retry_after"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retry_after) -> _WhichOneofReturnType__retry_after | None: ...
+
+Global___FeedbackRefusal: _TypeAlias = FeedbackRefusal  # noqa: Y015
+
+@_typing.final
+class StreamFeedbackRequest(_message.Message):
+    """Request of StreamFeedback: one piece."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FEEDBACK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def feedback(self) -> Global___Feedback:
+        """What is submitted."""
+
+    def __init__(
+        self,
+        *,
+        feedback: Global___Feedback | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["feedback", b"feedback"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["feedback", b"feedback"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamFeedbackRequest: _TypeAlias = StreamFeedbackRequest  # noqa: Y015
+
+@_typing.final
+class StreamFeedbackResponse(_message.Message):
+    """Response of StreamFeedback. A stream holds at most 10,000 pieces."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeedbackResult]:
+        """What became of each, in the order in which they were sent."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___FeedbackResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamFeedbackResponse: _TypeAlias = StreamFeedbackResponse  # noqa: Y015
+
+@_typing.final
+class ListFeedbackRequest(_message.Message):
+    """Request of ListFeedback. What is left out does not restrict."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATES_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    USER_ID_FIELD_NUMBER: _builtins.int
+    PROMPT_ID_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """For this reason."""
+    user_id: _builtins.str
+    """By this user."""
+    prompt_id: _builtins.str
+    """About this prompt."""
+    page_size: _builtins.int
+    """At most so many, up to 1,000; 0: 100."""
+    page_token: _builtins.str
+    """Where the page before ended: its next_page_token, with the same filters."""
+    @_builtins.property
+    def states(self) -> _containers.RepeatedScalarFieldContainer[Global___FeedbackState.ValueType]:
+        """In one of these states."""
+
+    def __init__(
+        self,
+        *,
+        states: _abc.Iterable[Global___FeedbackState.ValueType] | None = ...,
+        reason: _builtins.str = ...,
+        user_id: _builtins.str = ...,
+        prompt_id: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "prompt_id", b"prompt_id", "reason", b"reason", "states", b"states", "user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListFeedbackRequest: _TypeAlias = ListFeedbackRequest  # noqa: Y015
+
+@_typing.final
+class ListFeedbackResponse(_message.Message):
+    """Response of ListFeedback."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORDS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Asks for the next page; empty: there is none."""
+    @_builtins.property
+    def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___FeedbackRecord]:
+        """The records, newest first."""
+
+    def __init__(
+        self,
+        *,
+        records: _abc.Iterable[Global___FeedbackRecord] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "records", b"records"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListFeedbackResponse: _TypeAlias = ListFeedbackResponse  # noqa: Y015
+
+@_typing.final
+class GetGuidelinesRequest(_message.Message):
+    """Request of GetGuidelines."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    """The version asked for; empty: the newest."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetGuidelinesRequest: _TypeAlias = GetGuidelinesRequest  # noqa: Y015
+
+@_typing.final
+class GetGuidelinesResponse(_message.Message):
+    """Response of GetGuidelines."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    ASPECTS_FIELD_NUMBER: _builtins.int
+    CLOSED_FIELD_NUMBER: _builtins.int
+    version: _builtins.str
+    """Number and content in one, such as "3-9f86d081884c7d65": to be sent with each vote as guidelines_version."""
+    number: _builtins.int
+    """Counts the tenant's versions from 1."""
+    text: _builtins.str
+    """How to judge, in Markdown."""
+    closed: _builtins.bool
+    """Whether the tenant has declared its aspects, so that others are refused."""
+    @_builtins.property
+    def aspects(self) -> _containers.RepeatedCompositeFieldContainer[Global___AspectGuideline]:
+        """The aspects that may be judged; any other is refused where `closed` is true."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.str = ...,
+        number: _builtins.int = ...,
+        text: _builtins.str = ...,
+        aspects: _abc.Iterable[Global___AspectGuideline] | None = ...,
+        closed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aspects", b"aspects", "closed", b"closed", "number", b"number", "text", b"text", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetGuidelinesResponse: _TypeAlias = GetGuidelinesResponse  # noqa: Y015
+
+@_typing.final
+class AspectGuideline(_message.Message):
+    """What an aspect means."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ASPECT_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    aspect: _builtins.str
+    """Its name, as it stands in votes."""
+    text: _builtins.str
+    """How to judge it, with examples, in Markdown."""
+    def __init__(
+        self,
+        *,
+        aspect: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aspect", b"aspect", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AspectGuideline: _TypeAlias = AspectGuideline  # noqa: Y015

@@ -60,6 +60,26 @@ class PreferenceServiceStub:
                 request_serializer=thumbwheel_dot_v1_dot_preference__pb2.ForgetRequest.SerializeToString,
                 response_deserializer=thumbwheel_dot_v1_dot_preference__pb2.ForgetResponse.FromString,
                 _registered_method=True)
+        self.SubmitFeedbackBatch = channel.unary_unary(
+                '/thumbwheel.v1.PreferenceService/SubmitFeedbackBatch',
+                request_serializer=thumbwheel_dot_v1_dot_preference__pb2.SubmitFeedbackBatchRequest.SerializeToString,
+                response_deserializer=thumbwheel_dot_v1_dot_preference__pb2.SubmitFeedbackBatchResponse.FromString,
+                _registered_method=True)
+        self.StreamFeedback = channel.stream_unary(
+                '/thumbwheel.v1.PreferenceService/StreamFeedback',
+                request_serializer=thumbwheel_dot_v1_dot_preference__pb2.StreamFeedbackRequest.SerializeToString,
+                response_deserializer=thumbwheel_dot_v1_dot_preference__pb2.StreamFeedbackResponse.FromString,
+                _registered_method=True)
+        self.ListFeedback = channel.unary_unary(
+                '/thumbwheel.v1.PreferenceService/ListFeedback',
+                request_serializer=thumbwheel_dot_v1_dot_preference__pb2.ListFeedbackRequest.SerializeToString,
+                response_deserializer=thumbwheel_dot_v1_dot_preference__pb2.ListFeedbackResponse.FromString,
+                _registered_method=True)
+        self.GetGuidelines = channel.unary_unary(
+                '/thumbwheel.v1.PreferenceService/GetGuidelines',
+                request_serializer=thumbwheel_dot_v1_dot_preference__pb2.GetGuidelinesRequest.SerializeToString,
+                response_deserializer=thumbwheel_dot_v1_dot_preference__pb2.GetGuidelinesResponse.FromString,
+                _registered_method=True)
 
 
 class PreferenceServiceServicer:
@@ -101,6 +121,34 @@ class PreferenceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SubmitFeedbackBatch(self, request, context):
+        """Records many pieces of feedback, each by itself: one that is refused does not hold up the others.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamFeedback(self, request_iterator, context):
+        """Records feedback as it is streamed, and answers when the client has sent all of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListFeedback(self, request, context):
+        """Lists feedback by where it stands and why, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetGuidelines(self, request, context):
+        """The annotation guidelines to show to those who judge.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PreferenceServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +176,26 @@ def add_PreferenceServiceServicer_to_server(servicer, server):
                     servicer.Forget,
                     request_deserializer=thumbwheel_dot_v1_dot_preference__pb2.ForgetRequest.FromString,
                     response_serializer=thumbwheel_dot_v1_dot_preference__pb2.ForgetResponse.SerializeToString,
+            ),
+            'SubmitFeedbackBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.SubmitFeedbackBatch,
+                    request_deserializer=thumbwheel_dot_v1_dot_preference__pb2.SubmitFeedbackBatchRequest.FromString,
+                    response_serializer=thumbwheel_dot_v1_dot_preference__pb2.SubmitFeedbackBatchResponse.SerializeToString,
+            ),
+            'StreamFeedback': grpc.stream_unary_rpc_method_handler(
+                    servicer.StreamFeedback,
+                    request_deserializer=thumbwheel_dot_v1_dot_preference__pb2.StreamFeedbackRequest.FromString,
+                    response_serializer=thumbwheel_dot_v1_dot_preference__pb2.StreamFeedbackResponse.SerializeToString,
+            ),
+            'ListFeedback': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListFeedback,
+                    request_deserializer=thumbwheel_dot_v1_dot_preference__pb2.ListFeedbackRequest.FromString,
+                    response_serializer=thumbwheel_dot_v1_dot_preference__pb2.ListFeedbackResponse.SerializeToString,
+            ),
+            'GetGuidelines': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetGuidelines,
+                    request_deserializer=thumbwheel_dot_v1_dot_preference__pb2.GetGuidelinesRequest.FromString,
+                    response_serializer=thumbwheel_dot_v1_dot_preference__pb2.GetGuidelinesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +334,114 @@ class PreferenceService:
             '/thumbwheel.v1.PreferenceService/Forget',
             thumbwheel_dot_v1_dot_preference__pb2.ForgetRequest.SerializeToString,
             thumbwheel_dot_v1_dot_preference__pb2.ForgetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SubmitFeedbackBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/thumbwheel.v1.PreferenceService/SubmitFeedbackBatch',
+            thumbwheel_dot_v1_dot_preference__pb2.SubmitFeedbackBatchRequest.SerializeToString,
+            thumbwheel_dot_v1_dot_preference__pb2.SubmitFeedbackBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamFeedback(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/thumbwheel.v1.PreferenceService/StreamFeedback',
+            thumbwheel_dot_v1_dot_preference__pb2.StreamFeedbackRequest.SerializeToString,
+            thumbwheel_dot_v1_dot_preference__pb2.StreamFeedbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListFeedback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/thumbwheel.v1.PreferenceService/ListFeedback',
+            thumbwheel_dot_v1_dot_preference__pb2.ListFeedbackRequest.SerializeToString,
+            thumbwheel_dot_v1_dot_preference__pb2.ListFeedbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetGuidelines(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/thumbwheel.v1.PreferenceService/GetGuidelines',
+            thumbwheel_dot_v1_dot_preference__pb2.GetGuidelinesRequest.SerializeToString,
+            thumbwheel_dot_v1_dot_preference__pb2.GetGuidelinesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,14 @@ class PreferenceServiceStub:
     """Picks two responses whose comparison is worth the most."""
     Forget: _grpc.UnaryUnaryMultiCallable[_preference_pb2.ForgetRequest, _preference_pb2.ForgetResponse]
     """Erases a user's content everywhere."""
+    SubmitFeedbackBatch: _grpc.UnaryUnaryMultiCallable[_preference_pb2.SubmitFeedbackBatchRequest, _preference_pb2.SubmitFeedbackBatchResponse]
+    """Records many pieces of feedback, each by itself: one that is refused does not hold up the others."""
+    StreamFeedback: _grpc.StreamUnaryMultiCallable[_preference_pb2.StreamFeedbackRequest, _preference_pb2.StreamFeedbackResponse]
+    """Records feedback as it is streamed, and answers when the client has sent all of it."""
+    ListFeedback: _grpc.UnaryUnaryMultiCallable[_preference_pb2.ListFeedbackRequest, _preference_pb2.ListFeedbackResponse]
+    """Lists feedback by where it stands and why, newest first."""
+    GetGuidelines: _grpc.UnaryUnaryMultiCallable[_preference_pb2.GetGuidelinesRequest, _preference_pb2.GetGuidelinesResponse]
+    """The annotation guidelines to show to those who judge."""
 
 @_typing.type_check_only
 class PreferenceServiceAsyncStub(PreferenceServiceStub):
@@ -59,6 +67,14 @@ class PreferenceServiceAsyncStub(PreferenceServiceStub):
     """Picks two responses whose comparison is worth the most."""
     Forget: _aio.UnaryUnaryMultiCallable[_preference_pb2.ForgetRequest, _preference_pb2.ForgetResponse]  # type: ignore[assignment]
     """Erases a user's content everywhere."""
+    SubmitFeedbackBatch: _aio.UnaryUnaryMultiCallable[_preference_pb2.SubmitFeedbackBatchRequest, _preference_pb2.SubmitFeedbackBatchResponse]  # type: ignore[assignment]
+    """Records many pieces of feedback, each by itself: one that is refused does not hold up the others."""
+    StreamFeedback: _aio.StreamUnaryMultiCallable[_preference_pb2.StreamFeedbackRequest, _preference_pb2.StreamFeedbackResponse]  # type: ignore[assignment]
+    """Records feedback as it is streamed, and answers when the client has sent all of it."""
+    ListFeedback: _aio.UnaryUnaryMultiCallable[_preference_pb2.ListFeedbackRequest, _preference_pb2.ListFeedbackResponse]  # type: ignore[assignment]
+    """Lists feedback by where it stands and why, newest first."""
+    GetGuidelines: _aio.UnaryUnaryMultiCallable[_preference_pb2.GetGuidelinesRequest, _preference_pb2.GetGuidelinesResponse]  # type: ignore[assignment]
+    """The annotation guidelines to show to those who judge."""
 
 class PreferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Data plane of the collector, the system of record of feedback."""
@@ -102,5 +118,37 @@ class PreferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_preference_pb2.ForgetResponse, _abc.Awaitable[_preference_pb2.ForgetResponse]]:
         """Erases a user's content everywhere."""
+
+    @_abc_1.abstractmethod
+    def SubmitFeedbackBatch(
+        self,
+        request: _preference_pb2.SubmitFeedbackBatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_preference_pb2.SubmitFeedbackBatchResponse, _abc.Awaitable[_preference_pb2.SubmitFeedbackBatchResponse]]:
+        """Records many pieces of feedback, each by itself: one that is refused does not hold up the others."""
+
+    @_abc_1.abstractmethod
+    def StreamFeedback(
+        self,
+        request_iterator: _MaybeAsyncIterator[_preference_pb2.StreamFeedbackRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_preference_pb2.StreamFeedbackResponse, _abc.Awaitable[_preference_pb2.StreamFeedbackResponse]]:
+        """Records feedback as it is streamed, and answers when the client has sent all of it."""
+
+    @_abc_1.abstractmethod
+    def ListFeedback(
+        self,
+        request: _preference_pb2.ListFeedbackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_preference_pb2.ListFeedbackResponse, _abc.Awaitable[_preference_pb2.ListFeedbackResponse]]:
+        """Lists feedback by where it stands and why, newest first."""
+
+    @_abc_1.abstractmethod
+    def GetGuidelines(
+        self,
+        request: _preference_pb2.GetGuidelinesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_preference_pb2.GetGuidelinesResponse, _abc.Awaitable[_preference_pb2.GetGuidelinesResponse]]:
+        """The annotation guidelines to show to those who judge."""
 
 def add_PreferenceServiceServicer_to_server(servicer: PreferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

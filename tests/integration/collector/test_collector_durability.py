@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -35,11 +37,12 @@ SECONDS = 30.0
 class Stack:
     """A broker and a collector that can be ended in any way, and their client."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, url: str) -> None:
         self.deployment = Deployment.at(home)
         self.broker = EmbeddedBroker(port=free_port(), log=home / "broker.log")
         self.log: Log = open_log(self.broker.bootstrap_servers)
         arguments = ["--home", str(home), "--bootstrap-servers", self.broker.bootstrap_servers]
+        arguments += ["--database", url]
         self.collector = Process("services.collector", arguments, home / "collector.log")
 
     def start(self) -> None:
@@ -106,16 +109,18 @@ class Stack:
 
 
 @pytest.fixture
-def stack(tmp_path: Path) -> Iterator[Stack]:
-    stack = Stack(tmp_path)
+def stack(tmp_path: Path, url: str) -> Iterator[Stack]:
+    stack = Stack(tmp_path, url)
     yield stack
     stack.close()
 
 
 def votes(stack: Stack, count: int) -> tuple[list[GenerationEvent], list[Feedback]]:
-    """Pairs of candidates, and a comparison of each."""
+    """Pairs of candidates, and a comparison of each, by as many people."""
     pairs = [stack.deployment.pair(f"a {i}", f"b {i}") for i in range(count)]
-    return [event for pair in pairs for event in pair], [parts.comparison(*pair) for pair in pairs]
+    return [event for pair in pairs for event in pair], [
+        parts.comparison(*pair, user=f"user-{i}") for i, pair in enumerate(pairs)
+    ]
 
 
 def test_killed_between_commit_and_publish(stack: Stack) -> None:
@@ -158,7 +163,7 @@ def test_the_broker_restarts_and_holds_all_again(stack: Stack) -> None:
     after = stack.comparisons(set(acked))
     for id, event in before.items():
         assert after[id] == event
-    retracted = stack.call("Retract", RetractRequest(feedback_id=acked[0], user_id="ann"))
+    retracted = stack.call("Retract", RetractRequest(feedback_id=acked[0], user_id="user-0"))
     assert retracted.record.state == FeedbackState.FEEDBACK_STATE_RETRACTED  # type: ignore[attr-defined]
 
     def taken_back(records: Sequence[Record]) -> bool:
@@ -179,11 +184,11 @@ def test_killed_while_it_joins(stack: Stack) -> None:
     """Feedback comes first, then its generations, with a kill -9 among them: each is joined exactly once."""
     stack.broker.start()
     stack.start()
-    generations, feedback = votes(stack, 300)
+    generations, feedback = votes(stack, 150)
     acked = [stack.submit(one).feedback_id for one in feedback]
-    stack.publish(*generations[:300])
+    stack.publish(*generations[:150])
     stack.wait_joined(acked[:1])
-    stack.publish(*generations[300:], *generations[:100])
+    stack.publish(*generations[150:], *generations[:50])
     stack.collector.kill()
     stack.start()
     stack.wait_joined(acked)
@@ -218,3 +223,23 @@ def test_a_poison_record_blocks_nothing(stack: Stack) -> None:
     assert (letter.topic, letter.partition, letter.offset) == position
     assert (letter.key, letter.value, letter.consumer) == (b"k", b"\xff no message", "collector")
     assert "GenerationEvent" in letter.reason
+
+
+def test_replay_publishes_all_of_it_again_with_the_same_bytes(stack: Stack, url: str, tmp_path: Path) -> None:
+    stack.broker.start()
+    stack.start()
+    generations, feedback = votes(stack, 20)
+    stack.publish(*generations)
+    acked = [stack.submit(one).feedback_id for one in feedback]
+    stack.wait_joined(acked)
+    stack.comparisons(set(acked))
+    before = {(r.key, r.value, r.headers) for r in stack.read(topics.COMPARISONS, lambda records: len(records) >= 20)}
+    command = [sys.executable, "-m", "thumbwheel.cli", "collector", "replay", "--from", "beginning"]
+    told = subprocess.run(
+        [*command, "--home", str(tmp_path), "--database", url], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert int(told.stdout.split()[0]) >= 40
+    again = stack.read(topics.COMPARISONS, lambda records: len(records) >= 40)
+    assert {(r.key, r.value, r.headers) for r in again} == before
+    assert [r.value for r in again[:20]] == [r.value for r in again[20:]], "in the same order"
+    assert stack.collector.stop() == 0

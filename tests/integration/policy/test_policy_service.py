@@ -123,9 +123,10 @@ async def test_candidates_share_a_prompt_and_are_reproducible(client: AsyncClien
     assert texts == [candidate.text for candidate in second.candidates]
 
 
-async def test_every_response_is_on_the_stream(world: World, client: AsyncClient) -> None:
+async def test_every_response_is_on_the_stream(world: World) -> None:
     prompt = to_prompt([("system", "Be brief."), ("user", "Record me")])
-    answer = await client.generate(prompt, sampling=GREEDY, user_id="u2")
+    async with AsyncClient(policy=world.process.address, timeout=60.0, consent=False) as client:
+        answer = await client.generate(prompt, sampling=GREEDY, user_id="u2")
     consumer = world.log.consumer([topics.GENERATIONS], group="test")
     found: list[GenerationEvent] = []
 
@@ -141,6 +142,7 @@ async def test_every_response_is_on_the_stream(world: World, client: AsyncClient
     assert event.generation == answer
     assert event.prompt == prompt
     assert (event.user_id, event.tenant, event.candidate_index, event.candidate_count) == ("u2", "default", 0, 1)
+    assert (event.HasField("consent"), event.consent) == (True, False)
     assert event.sampling.max_tokens == 24
     assert event.sampling.top_p == 1.0  # defaults are filled in
     claims = ReceiptKey.load(world.deployment.home / "keys").verify(event.generation.receipt, field="receipt")

@@ -57,6 +57,38 @@ def test_every_sample_is_learnt_at_most_once_and_what_was_accepted_first_is_lear
     assert set(accepted) - retracted <= set(learnt) <= set(accepted)
 
 
+def test_what_is_accepted_again_is_learnt_once(tmp_path: Path) -> None:
+    waits, done = SAMPLES[:2]
+    buffer = Buffer()
+    for sample in (waits, done):
+        buffer.add(sample, 0.0)
+    buffer.learnt([done.id])
+    assert [buffer.retract(sample.id, 2) for sample in (waits, done)] == [False, True]
+    assert [buffer.restore(sample.id, 1) for sample in (waits, done)] == [False, False], "said before the retraction"
+    assert not buffer.add(waits, 1.0)
+    buffer.save(tmp_path)
+    buffer = Buffer.load(tmp_path, 2.0)
+    assert [buffer.restore(sample.id, 3) for sample in (waits, done)] == [True, True]
+    assert [buffer.add(sample, 3.0) for sample in (waits, done)] == [True, False]
+    assert buffer.reweigh(waits.id, 0.25)
+    assert not buffer.reweigh(waits.id, 0.25)
+    assert not buffer.reweigh(done.id, 0.25)
+    assert [(sample.id, sample.weight) for sample in buffer.oldest(9)] == [(waits.id, 0.25)]
+    buffer.save(tmp_path)
+    buffer = Buffer.load(tmp_path, 4.0)
+    assert not buffer.retract(done.id, 2), "all is published again: this was said before"
+    assert not buffer.retract(waits.id, 2)
+    assert len(buffer) == 1
+    assert buffer.retract(done.id, 4)
+
+
+def test_a_buffer_of_an_older_release_is_read(tmp_path: Path) -> None:
+    buffer = Buffer()
+    buffer.save(tmp_path)
+    (tmp_path / "retracted.txt").write_text(f"{SAMPLES[0].id}\n")
+    assert not Buffer.load(tmp_path, 0.0).add(SAMPLES[0], 0.0)
+
+
 def test_a_round_is_due_when_full_or_when_enough_have_waited() -> None:
     buffer, samples = Buffer(), make_samples(4)
 

@@ -11,6 +11,7 @@ from thumbwheel import errors
 from thumbwheel.stream import topics
 from thumbwheel.stream.memory import MemoryLog
 from thumbwheel.v1.events_pb2 import ComparisonEvent, ComparisonState, DeadLetter
+from thumbwheel.v1.policy_pb2 import Role
 from trainer.buffer import Buffer
 from trainer.ingest import Encoder, Ingest
 
@@ -51,6 +52,20 @@ def test_a_text_that_a_person_wrote_is_tokenised_and_ends(encoder: Encoder) -> N
     event = comparison()
     event.chosen.ClearField("token_ids")
     assert encoder.encode(event).chosen == (*encoder.tokenizer("a")["input_ids"], EOS)
+
+
+def test_a_prompt_that_no_model_of_ours_was_asked_is_rendered_as_it_would_be(encoder: Encoder) -> None:
+    event = comparison()
+    event.ClearField("prompt_token_ids")
+    event.prompt.chat.messages.add(role=Role.ROLE_USER, content="a")
+    turns = [{"role": "user", "content": "a"}]
+    asked = encoder.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    room = 16 - 3
+    assert encoder.encode(event).prompt == tuple(asked)[-room:]
+    event.prompt.text = "bc"
+    assert encoder.encode(event).prompt == tuple(encoder.tokenizer("bc")["input_ids"])
+    event.prompt.tokens.ids.extend([7, 8])
+    assert encoder.encode(event).prompt == (7, 8)
 
 
 def test_a_scorer_learns_the_text_and_the_end_whatever_was_generated(policy_path: Path) -> None:
@@ -118,6 +133,13 @@ def test_the_stream_is_read_once_and_poison_goes_aside(encoder: Encoder) -> None
     send(retraction(1), retraction(1), comparison(2))
     assert ingest.read(buffer, 1.0) == [comparison(1).comparison_id]
     assert len(buffer) == 1
+
+    again = comparison(1), comparison(3)
+    for event in again:
+        event.revision, event.weight = 3, 0.5
+    send(*again)
+    assert ingest.read(buffer, 1.0) == []
+    assert [(sample.id[-1], sample.weight) for sample in buffer.oldest(9)] == [("3", 0.5)], "1 is learnt already"
 
     letters = log.consumer([topics.DEADLETTER], group="test").poll(1.0)
     found = [DeadLetter.FromString(record.value) for record in letters]

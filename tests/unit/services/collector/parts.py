@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from uuid_utils import uuid7
 
-from services.collector import ledger
+from services.collector import ledger, outbox
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
-from services.collector.ledger import Recorded
+from services.collector.ledger import Curator
+from services.collector.records import Recorded
 from services.collector.submission import Checker
 from thumbwheel.auth import ReceiptKey, create_keys
+from thumbwheel.stream import topics
 from thumbwheel.stream.log import Record
 from thumbwheel.v1.events_pb2 import ComparisonEvent, FeedbackEvent, GenerationEvent
 from thumbwheel.v1.policy_pb2 import (
@@ -30,7 +34,16 @@ from thumbwheel.v1.policy_pb2 import (
     Role,
     VersionSpan,
 )
-from thumbwheel.v1.preference_pb2 import Comment, Comparison, Edit, Feedback, Preference, Thumb, ThumbValue
+from thumbwheel.v1.preference_pb2 import (
+    Comment,
+    Comparison,
+    Edit,
+    Feedback,
+    FeedbackRecord,
+    Preference,
+    Thumb,
+    ThumbValue,
+)
 
 A = Preference.PREFERENCE_A
 B = Preference.PREFERENCE_B
@@ -38,6 +51,36 @@ TIE = Preference.PREFERENCE_TIE
 BOTH_BAD = Preference.PREFERENCE_BOTH_BAD
 
 T = TypeVar("T")
+
+
+_curators: weakref.WeakKeyDictionary[Database, Curator] = weakref.WeakKeyDictionary()
+
+
+def curator_of(database: Database) -> Curator:
+    """The one curator that a database has while it is open."""
+    return _curators.setdefault(database, Curator())
+
+
+async def store(database: Database, *events: GenerationEvent) -> list[Recorded]:
+    """Stores generations, as ingest does."""
+    return await database.write(partial(ledger.store, curator=curator_of(database), events=events))
+
+
+async def retract(database: Database, feedback_id: str, user: str = "ann", tenant: str = "default") -> Recorded:
+    """Takes back, as the service does."""
+    work = partial(ledger.retract, curator=curator_of(database), feedback_id=feedback_id)
+    return await database.write(partial(work, user_id=user, tenant=tenant))
+
+
+async def find(database: Database, *ids: str, tenant: str = "default") -> list[FeedbackRecord]:
+    """The records of these ids."""
+    return await database.read(partial(ledger.find, feedback_ids=ids, tenant=tenant))
+
+
+async def published(database: Database) -> list[ComparisonEvent]:
+    """All comparisons that were put in the outbox, in order."""
+    rows = await database.read(partial(outbox.waiting, limit=10_000))
+    return [ComparisonEvent.FromString(row.value) for row in rows if row.topic == topics.COMPARISONS]
 
 
 def new_id() -> str:
@@ -65,9 +108,12 @@ class Deployment:
         create_keys(home / "keys")
         return cls(ReceiptKey.load(home / "keys"))
 
-    def generation(self, text: str = "Paris.", prompt_id: str = "", words: str = "Capital?") -> GenerationEvent:
+    def generation(self, text: str = "Paris.", prompt_id: str = "", words: str = "") -> GenerationEvent:
         """A response as the policy serves and publishes it, one token a character."""
         prompt_id = prompt_id or new_id()
+        digest = hashlib.sha256(prompt_id.encode()).hexdigest()
+        # As unlike others as people's questions are.
+        words = words or " ".join(digest[i : i + 6] for i in range(0, 48, 6)) + "?"
         generation_id = new_id()
         tokens = [ord(character) % 32_000 for character in text]
         return GenerationEvent(
@@ -106,7 +152,7 @@ class Deployment:
     async def submit(self, database: Database, feedback: Feedback) -> Recorded:
         """Checks and records, as the service does."""
         submission = Checker(self.key, 1_000).check(feedback, tenant=self.tenant)
-        return await database.write(lambda connection: ledger.submit(connection, submission))
+        return await database.write(partial(ledger.submit, curator=curator_of(database), submission=submission))
 
 
 def comparison(
@@ -116,9 +162,11 @@ def comparison(
     return Feedback(idempotency_key=key or new_id(), user_id=user, comparison=vote)
 
 
-def thumb(event: GenerationEvent, *, key: str = "", user: str = "ann") -> Feedback:
-    up = Thumb(receipt=event.generation.receipt, value=ThumbValue.THUMB_VALUE_UP)
-    return Feedback(idempotency_key=key or new_id(), user_id=user, thumb=up)
+def thumb(event: GenerationEvent, *, up: bool = True, key: str = "", user: str = "ann") -> Feedback:
+    value = ThumbValue.THUMB_VALUE_UP if up else ThumbValue.THUMB_VALUE_DOWN
+    return Feedback(
+        idempotency_key=key or new_id(), user_id=user, thumb=Thumb(receipt=event.generation.receipt, value=value)
+    )
 
 
 def edit(event: GenerationEvent, text: str, *, key: str = "", user: str = "ann") -> Feedback:
@@ -140,6 +188,10 @@ def settings(home: Path) -> CollectorSettings:
 
 def comparisons(records: list[Record]) -> list[ComparisonEvent]:
     return [ComparisonEvent.FromString(record.value) for record in records]
+
+
+def feedback_records(values: list[bytes]) -> list[FeedbackRecord]:
+    return [FeedbackEvent.FromString(value).record for value in values]
 
 
 def feedback_events(records: list[Record]) -> list[FeedbackEvent]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import threading
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, Select, func, select
+from sqlalchemy import Connection, Select, func, select, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.schema import CreateTable
@@ -83,34 +82,6 @@ async def test_waiting_writes_share_a_commit_and_fail_alone(database: Database, 
     assert await database.read(ids) == [str(i) for i in range(20)]
 
 
-async def test_writes_of_one_kind_are_one_call(database: Database) -> None:
-    begun, release = threading.Event(), threading.Event()
-
-    def hold(connection: Connection) -> None:
-        begun.set()
-        assert release.wait(10)
-
-    calls: list[list[str]] = []
-
-    def put_all(connection: Connection, items: Sequence[str]) -> list[str | Exception]:
-        calls.append(list(items))
-        return [errors.Conflict("no") if item == "2" else put(connection, item) for item in items]
-
-    first = asyncio.create_task(database.write(hold))
-    await asyncio.to_thread(begun.wait, 10)
-    before = [asyncio.create_task(database.write_together(put_all, str(i))) for i in range(4)]
-    alone = asyncio.create_task(database.write(partial(put, id="alone")))
-    after = asyncio.create_task(database.write_together(put_all, "4"))
-    await asyncio.sleep(0)
-    release.set()
-    await first
-    assert await asyncio.gather(*before[:2], before[3], alone, after) == ["0", "1", "3", "alone", "4"]
-    with pytest.raises(errors.Conflict):
-        await before[2]
-    assert calls == [["0", "1", "2", "3"], ["4"]], "in order, and a refusal makes nothing run again"
-    assert await database.read(ids) == ["0", "1", "3", "alone", "4"]
-
-
 async def test_too_many_waiting_writes_are_refused(settings: CollectorSettings) -> None:
     database = Database(settings.database_url, max_pending=2)
     begun, release = threading.Event(), threading.Event()
@@ -163,6 +134,32 @@ async def test_a_key_taken_meanwhile_is_seen_the_second_time(database: Database)
 
     assert await database.write(write) == "a"
     assert await database.read(ids) == ["a"]
+
+
+async def test_maintenance_runs_alone_and_in_no_transaction(database: Database) -> None:
+    def look(connection: sqlite3.Connection) -> tuple[bool, int]:
+        connection.execute("VACUUM").close()
+        return connection.in_transaction, connection.execute("select count(*) from outbox").fetchone()[0]
+
+    before = [asyncio.create_task(database.write(partial(put, id=str(i)))) for i in range(3)]
+    looking = asyncio.create_task(database.maintain(look))
+    after = asyncio.create_task(database.write(lambda c: put(c, "after")))
+    assert await looking == (False, 3)
+    assert await asyncio.gather(*before, after) == ["0", "1", "2", "after"]
+    with pytest.raises(errors.Unavailable, match="no such table"):
+        await database.maintain(lambda connection: connection.execute("select * from absent"))
+    with pytest.raises(ZeroDivisionError):
+        await database.maintain(lambda _: 1 / 0)
+    assert await database.write(lambda c: put(c, "later")) == "later"
+
+
+async def test_an_error_of_the_database_quotes_nothing_of_what_people_said(database: Database) -> None:
+    def fail(connection: Connection) -> None:
+        connection.execute(text("insert into outbox (absent) values (:said)"), {"said": "a secret"})
+
+    with pytest.raises(errors.Unavailable) as raised:
+        await database.write(fail)
+    assert "a secret" not in f"{raised.value} {raised.value.__cause__}"
 
 
 async def test_a_full_disk_is_said_and_survived(database: Database) -> None:

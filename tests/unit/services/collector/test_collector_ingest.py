@@ -15,7 +15,7 @@ from services.collector.config import CollectorSettings
 from services.collector.database import Database
 from services.collector.ingest import Ingest
 from tests.unit.services.collector import parts
-from tests.unit.services.collector.parts import Deployment, eventually
+from tests.unit.services.collector.parts import Deployment, curator_of, eventually
 from thumbwheel import errors
 from thumbwheel.stream import deadletter, topics
 from thumbwheel.stream.memory import MemoryLog
@@ -26,7 +26,7 @@ from thumbwheel.v1.events_pb2 import DeadLetter, GenerationEvent
 async def running(
     database: Database, log: MemoryLog, settings: CollectorSettings, committed: Callable[[], None] = lambda: None
 ) -> AsyncIterator[None]:
-    task = asyncio.create_task(Ingest(database, log, settings, committed).run())
+    task = asyncio.create_task(Ingest(database, log, settings, curator_of(database), committed).run())
     try:
         yield
     finally:

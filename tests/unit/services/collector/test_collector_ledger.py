@@ -8,19 +8,14 @@ import pytest
 
 from services.collector import ledger, outbox
 from services.collector.database import Database
-from services.collector.ledger import Recorded
 from services.collector.outbox import Row
 from services.collector.submission import Checker
 from tests.unit.services.collector import parts
-from tests.unit.services.collector.parts import TIE, A, B, Deployment
+from tests.unit.services.collector.parts import TIE, A, B, Deployment, curator_of, retract, store
 from thumbwheel import errors
 from thumbwheel.stream import topics
-from thumbwheel.v1.events_pb2 import ComparisonEvent, ComparisonState, FeedbackEvent, GenerationEvent
+from thumbwheel.v1.events_pb2 import ComparisonEvent, ComparisonState, FeedbackEvent
 from thumbwheel.v1.preference_pb2 import FeedbackRecord, FeedbackState
-
-
-async def store(database: Database, *events: GenerationEvent) -> list[Recorded]:
-    return await database.write(partial(ledger.store, events=events))
 
 
 async def rows(database: Database) -> list[Row]:
@@ -37,10 +32,6 @@ async def published_feedback(database: Database) -> list[FeedbackRecord]:
 
 async def find(database: Database, *ids: str, tenant: str = "default") -> list[FeedbackRecord]:
     return await database.read(partial(ledger.find, feedback_ids=ids, tenant=tenant))
-
-
-async def retract(database: Database, feedback_id: str, user: str = "ann", tenant: str = "default") -> Recorded:
-    return await database.write(partial(ledger.retract, feedback_id=feedback_id, user_id=user, tenant=tenant))
 
 
 async def test_a_comparison_of_known_responses_is_accepted_and_published(
@@ -68,7 +59,7 @@ async def test_every_kind_of_event_says_its_schema_and_trace(database: Database,
     await store(database, a, b)
     submission = Checker(deployment.key, 1_000).check(parts.comparison(a, b), tenant="default")
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    await database.write(partial(ledger.submit, submission=submission, traceparent=trace))
+    await database.write(partial(ledger.submit, curator=curator_of(database), submission=submission, traceparent=trace))
     assert [(row.schema, row.headers[2]) for row in await rows(database)] == [
         ("thumbwheel.v1.FeedbackEvent", ("traceparent", trace.encode())),
         ("thumbwheel.v1.ComparisonEvent", ("traceparent", trace.encode())),

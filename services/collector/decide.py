@@ -1,0 +1,277 @@
+"""Curation, live: what stands of a group of prompts is judged anew with every vote, and what changed is told.
+
+judgements of the group ──▶ curate ──▶ states of the feedback · samples to learn from
+                                              │ compared with what stood before
+                                              ▼
+                      one transaction: feedback · decisions · outbox (ACCEPTED, RETRACTED)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
+
+from services.collector import emit, outbox, records, standing
+from services.collector.curation import Decision, Reason, State, Vote, curate
+from services.collector.emit import COMPARISON, THUMB, Sample
+from services.collector.identity import derived
+from services.collector.records import Recorded
+from services.collector.rules import Rules
+from services.collector.standing import Standing
+from services.collector.tables import decision_votes, decisions, feedback, generations
+from thumbwheel.stream import topics
+from thumbwheel.v1.events_pb2 import GenerationEvent
+from thumbwheel.v1.preference_pb2 import Feedback
+
+ACCEPTED, RETRACTED = "ACCEPTED", "RETRACTED"
+RETRACTED_BY_USER = "retracted_by_user"
+
+
+# Built once: building a statement takes longer than running it.
+_STANDS = (
+    update(feedback)
+    .where(feedback.c.feedback_id == bindparam("id"))
+    .values(
+        state=bindparam("to_state"),
+        reason=bindparam("to_reason"),
+        weight=bindparam("to_weight"),
+        comparison_id=bindparam("to_comparison_id"),
+        superseded_by=bindparam("to_superseded_by"),
+        revision=feedback.c.revision + 1,
+    )
+)
+_FEEDBACK = (
+    select(feedback)
+    .where(feedback.c.feedback_id.in_(bindparam("of_ids", expanding=True)))
+    .order_by(feedback.c.feedback_id)
+)
+_DECISIONS = select(decisions).where(
+    decisions.c.tenant == bindparam("of_tenant"), decisions.c.group_id.in_(bindparam("of_groups", expanding=True))
+)
+_EVENTS = select(generations.c.generation_id, generations.c.event).where(
+    generations.c.generation_id.in_(bindparam("of_ids", expanding=True))
+)
+
+
+class _Outcome(NamedTuple):
+    """Where a piece of feedback is to stand."""
+
+    state: str
+    reason: str
+    weight: float
+    comparison_id: str
+    superseded_by: str
+
+
+def decide(
+    connection: Connection,
+    rules: Rules,
+    tenant: str,
+    groups: Collection[str],
+    *,
+    new: Collection[str] = (),
+    traceparent: str = "",
+) -> list[Recorded]:
+    """Curates these groups and publishes what changed. Feedback in `new` is told of whether it changed or not.
+
+    Returns the feedback that was told of.
+    """
+    stood = standing.of_groups(connection, tenant, groups, learn_from_cut=rules.learn_from_cut)
+    made = _curated(connection, rules, stood)
+    samples = _samples(stood, made)
+    outcomes = _outcomes(stood, made, samples)
+    told = _put_feedback(connection, stood, outcomes, new)
+    reasons = {id: outcome.reason for id, outcome in outcomes.items()}
+    events = _put_samples(connection, tenant, groups, samples, reasons)
+    outbox.add(
+        connection,
+        [
+            *(records.event_of(recorded, prompt_id, traceparent) for recorded, prompt_id in told),
+            *(event._replace(traceparent=traceparent) for event in events),
+        ],
+    )
+    return [recorded for recorded, _ in told]
+
+
+def _curated(connection: Connection, rules: Rules, stood: Sequence[Standing]) -> dict[str, Decision]:
+    raters, overrides = standing.raters_of(connection, {one.vote.rater for one in stood}, rules.curation)
+    released = frozenset(one.vote.feedback_id for one in stood if one.released)
+    overrides = replace(overrides, released_feedback=released)
+    by_group: dict[str, list[Standing]] = {}
+    for one in stood:
+        by_group.setdefault(one.group, []).append(one)
+    made: dict[str, Decision] = {}
+    for together in by_group.values():
+        votes = [one.vote for one in together]
+        made |= {decision.feedback_id: decision for decision in curate(votes, raters, rules.curation, overrides)}
+    return made
+
+
+def _samples(stood: Iterable[Standing], made: dict[str, Decision]) -> dict[str, Sample]:
+    samples = {}
+    for one in stood:
+        decision = made[one.vote.feedback_id]
+        if decision.state == State.ACCEPTED and decision.emits:
+            id, votes = one.sample_id, [decision.feedback_id]
+            if decision.partner:
+                id, votes = derived(decision.feedback_id, "pair", decision.partner), [*votes, decision.partner]
+            told = (decision.reason.value, decision.weight, tuple(votes), decision.chosen, decision.rejected)
+            samples[id] = Sample(id, COMPARISON, one.vote.prompt_id, one.group, *told)
+        elif decision.reason == Reason.UNPAIRED_THUMB:
+            lone = (decision.reason.value, decision.weight, (decision.feedback_id,), one.vote.a.generation_id)
+            samples[one.sample_id] = Sample(one.sample_id, THUMB, one.vote.prompt_id, one.group, *lone)
+    return samples
+
+
+def _outcomes(stood: Sequence[Standing], made: dict[str, Decision], samples: dict[str, Sample]) -> dict[str, _Outcome]:
+    sample_of = {id: sample.id for sample in samples.values() if sample.kind == COMPARISON for id in sample.votes}
+    last = {_judged(vote): vote for vote in sorted((one.vote for one in stood), key=lambda vote: vote.order)}
+    outcomes = {}
+    for one in stood:
+        id = one.vote.feedback_id
+        decision = made[id]
+        superseded = decision.reason == Reason.SUPERSEDED
+        outcomes[id] = _Outcome(
+            state="SUPERSEDED" if superseded else decision.state.value,
+            reason=decision.reason.value,
+            weight=decision.weight,
+            comparison_id=sample_of.get(id, one.comparison_id),
+            superseded_by=last[_judged(one.vote)].feedback_id if superseded else "",
+        )
+    return outcomes
+
+
+def _judged(vote: Vote) -> tuple[str, str, frozenset[bytes]]:
+    """Who judged what. Responses of one text are one response."""
+    texts = {vote.a.sha256} if vote.b is None else {vote.b.sha256} if vote.edit else {vote.a.sha256, vote.b.sha256}
+    kind = "thumb" if vote.b is None else "edit" if vote.edit else "comparison"
+    return vote.rater.user_id, kind, frozenset(texts)
+
+
+def _put_feedback(
+    connection: Connection, stood: Iterable[Standing], outcomes: dict[str, _Outcome], new: Collection[str]
+) -> list[tuple[Recorded, str]]:
+    """Writes what feedback changed, and returns it with the prompt it is about."""
+    before = {
+        one.vote.feedback_id: _Outcome(one.state, one.reason, one.weight, one.comparison_id, one.superseded_by)
+        for one in stood
+    }
+    changed = [id for id, outcome in outcomes.items() if id in new or outcome != before[id]]
+    if not changed:
+        return []
+    connection.execute(
+        _STANDS,
+        [
+            {"id": id, **{f"to_{name}": value or None for name, value in outcomes[id]._asdict().items()}}
+            | {"to_weight": outcomes[id].weight}
+            for id in changed
+        ],
+    )
+    rows = connection.execute(_FEEDBACK, {"of_ids": changed})
+    return [(records.recorded(row, changed=True), row.prompt_id) for row in rows]
+
+
+def _put_samples(
+    connection: Connection,
+    tenant: str,
+    groups: Collection[str],
+    samples: dict[str, Sample],
+    reasons: dict[str, str],
+) -> list[outbox.Event]:
+    """Writes what is learnt from, and returns what is to be published: first what is taken back."""
+    rows = connection.execute(_DECISIONS, {"of_tenant": tenant, "of_groups": list(groups)})
+    before = {row.sample_id: row for row in rows}
+    gone = [row for row in before.values() if row.state == ACCEPTED and row.sample_id not in samples]
+    come = [
+        sample
+        for id, sample in samples.items()
+        if id not in before or before[id].state != ACCEPTED or before[id].weight != sample.weight
+    ]
+    if not gone and not come:
+        return []
+    events = _retract(connection, tenant, gone, reasons) if gone else []
+    if come:
+        events += _accept(connection, tenant, come, {id: row.revision for id, row in before.items()})
+    return events
+
+
+def _retract(
+    connection: Connection, tenant: str, gone: Sequence[Row[Any]], reasons: dict[str, str]
+) -> list[outbox.Event]:
+    votes: dict[str, list[str]] = {row.sample_id: [] for row in gone}
+    rests = select(decision_votes).where(decision_votes.c.sample_id.in_(list(votes)))
+    for row in connection.execute(rests.order_by(decision_votes.c.sample_id, decision_votes.c.place)):
+        votes[row.sample_id].append(row.feedback_id)
+    events, values = [], []
+    for row in gone:
+        rests_on = votes[row.sample_id]
+        why = reasons[rests_on[0]] if all(id in reasons for id in rests_on) else RETRACTED_BY_USER
+        revision = row.revision + 1
+        event = emit.retracted(row.sample_id, row.kind, revision, tenant, row.prompt_id, rests_on, why)
+        events.append(_to_publish(event, row.kind))
+        values.append({"id": row.sample_id, "to_reason": why, "to_revision": revision, "now": outbox.now_micros()})
+    connection.execute(
+        update(decisions)
+        .where(decisions.c.sample_id == bindparam("id"))
+        .values(
+            state=RETRACTED,
+            reason=bindparam("to_reason"),
+            weight=0.0,
+            revision=bindparam("to_revision"),
+            decided_at=bindparam("now"),
+        ),
+        values,
+    )
+    return events
+
+
+def _accept(
+    connection: Connection, tenant: str, come: Sequence[Sample], revisions: dict[str, int]
+) -> list[outbox.Event]:
+    bodies = _votes(connection, come)
+    wanted = {id for sample in come for id in (sample.chosen, sample.rejected) if id}
+    found = connection.execute(_EVENTS, {"of_ids": list(wanted)})
+    known = {id: GenerationEvent.FromString(data) for id, data in found}
+    again = [sample.id for sample in come if sample.id in revisions]
+    if again:
+        connection.execute(delete(decision_votes).where(decision_votes.c.sample_id.in_(again)))
+        connection.execute(delete(decisions).where(decisions.c.sample_id.in_(again)))
+    events, rows, rests, now = [], [], [], outbox.now_micros()
+    for sample in come:
+        first, revision = bodies[sample.votes[0]], revisions.get(sample.id, 0) + 1
+        received_at = max(bodies[id].received_at for id in sample.votes)
+        voted = emit.Voted(Feedback.FromString(first.body), first.kind, received_at, first.propensity)
+        events.append(_to_publish(emit.accepted(sample, revision, tenant, voted, known), sample.kind))
+        rows.append(
+            {
+                "sample_id": sample.id,
+                "kind": sample.kind,
+                "tenant": tenant,
+                "prompt_id": sample.prompt_id,
+                "group_id": sample.group,
+                "state": ACCEPTED,
+                "reason": sample.reason,
+                "weight": sample.weight,
+                "revision": revision,
+                "decided_at": now,
+            }
+        )
+        rests += [{"sample_id": sample.id, "place": place, "feedback_id": id} for place, id in enumerate(sample.votes)]
+    connection.execute(insert(decisions), rows)
+    connection.execute(insert(decision_votes), rests)
+    return events
+
+
+def _votes(connection: Connection, come: Iterable[Sample]) -> dict[str, Row[Any]]:
+    """The feedback that samples rest on, by id."""
+    ids = {id for sample in come for id in sample.votes}
+    rows = connection.execute(_FEEDBACK, {"of_ids": list(ids)})
+    return {row.feedback_id: row for row in rows}
+
+
+def _to_publish(event: emit.SampleEvent, kind: str) -> outbox.Event:
+    topic = topics.THUMBS if kind == THUMB else topics.COMPARISONS
+    return outbox.Event(event.event_id, topic, event.prompt_id, event)

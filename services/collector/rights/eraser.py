@@ -1,0 +1,202 @@
+"""The background task that finishes erasures and erases what is too old.
+
+Forget ──▶ erased in the database ──▶ wake ──▶ 1. exported files  2. vacuum  3. the erasure is finished ──▶ answer
+every hour ──▶ content past its tenant's retention, by the same code
+
+An erasure that a crash interrupts is finished at the next start: its row says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from sqlalchemy import Connection, select, update
+
+from services.collector import metrics, tables
+from services.collector.config import CollectorSettings
+from services.collector.database import Database
+from services.collector.outbox import now_micros
+from services.collector.pause import RETRIED, Pause
+from services.collector.rights import copies, erasure, tombstones
+from services.collector.rights.lineage import versions_that_learnt
+from services.collector.rights.tenants import Tenants
+from services.collector.rights.vacuum import vacuum
+from thumbwheel import errors
+from thumbwheel.v1.preference_pb2 import ForgetResponse
+
+logger = logging.getLogger(__name__)
+
+EXPIRE_AT_ONCE = 500
+_HOUR = 3600.0
+
+
+class Eraser:
+    """Forgets users and enforces retention. `committed` is called after each commit that is to be published."""
+
+    def __init__(
+        self, database: Database, settings: CollectorSettings, tenants: Tenants, committed: Callable[[], None]
+    ) -> None:
+        self._database = database
+        self._settings = settings
+        self._tenants = tenants
+        self._committed = committed
+        self._wake = asyncio.Event()
+        self._finished = asyncio.Condition()
+        self._pause = Pause(settings.max_backoff_seconds)
+        self._expire_at = 0.0
+
+    async def forget(self, tenant: str, user_id: str) -> ForgetResponse:
+        """Erases all of a user; returns when nothing is left in any file of the collector.
+
+        Raises what `Database.write` raises. A caller who gives up waiting changes nothing: it is finished all the same,
+        and asking again tells what came of it.
+        """
+        await self._database.write(partial(erasure.forget, rules=self._settings.rules, tenant=tenant, user_id=user_id))
+        self._committed()
+        self._wake.set()
+        is_finished = partial(_is_finished, subject=tombstones.user_hash(tenant, user_id))
+        try:
+            async with asyncio.timeout(self._settings.erase_timeout_seconds), self._finished:
+                while not await self._database.read(is_finished):
+                    await self._finished.wait()
+        except TimeoutError:
+            raise errors.DeadlineExceeded(
+                f"Erasing took longer than {self._settings.erase_timeout_seconds:g} s; it goes on.",
+                remedy="Ask again for what came of it; the collector's log says what it waits for.",
+            ) from None
+        return await self._report(tenant, user_id)
+
+    async def run(self) -> None:
+        """Finishes what is to be finished and expires what is too old, until it is cancelled."""
+        while True:
+            self._wake.clear()
+            try:
+                if time.monotonic() >= self._expire_at:
+                    await self.expire()
+                    self._expire_at = time.monotonic() + _HOUR
+                await self._finish()
+                self._pause.reset()
+            except RETRIED as error:
+                logger.warning("erasing waits", extra={"error": str(error), "seconds": self._pause.seconds})
+                await self._pause.wait()
+                continue
+            try:
+                async with asyncio.timeout(max(0.0, self._expire_at - time.monotonic())):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    async def expire(self) -> None:
+        """Erases what is past its tenant's retention, some at a time, so that feedback is taken meanwhile."""
+        now = now_micros()
+        for tenant in await self._database.read(_tenants_there):
+            before = self._tenants[tenant].expired_before(now)
+            rules = self._settings.rules
+            expire = partial(erasure.expire, rules=rules, tenant=tenant, before=before, limit=EXPIRE_AT_ONCE)
+            while before and await self._database.write(expire) is not None:
+                self._committed()
+        before = self._tenants.defaults.expired_before(now)
+        if before:
+            await self._database.write(partial(erasure.expire_dead_letters, before=before))
+
+    async def _finish(self) -> None:
+        pending = await self._database.read(_pending)
+        for erasure_id, tenant in pending:
+            samples = await self._database.read(partial(_samples, erasure_ids=[erasure_id]))
+            exports = await self._database.read(partial(copies.known, tenant=tenant))
+            scrubbed = await asyncio.to_thread(copies.scrub_all, exports, samples)  # 1
+            await self._database.write(partial(_note, erasure_id=erasure_id, scrubbed=scrubbed))
+        if pending:
+            await self._database.maintain(partial(vacuum, dialect=self._database.dialect))  # 2
+            ids = [erasure_id for erasure_id, _ in pending]
+            await self._database.write(partial(_mark, erasure_ids=ids))  # 3
+            metrics.ERASURES.inc(len(ids))
+            logger.info("erased", extra={"erasures": ids})
+        # Also where there was nothing to do: another collector on this database may have done it.
+        async with self._finished:
+            self._finished.notify_all()
+
+    async def _report(self, tenant: str, user_id: str) -> ForgetResponse:
+        subject = tombstones.user_hash(tenant, user_id)
+        response, ids = await self._database.read(partial(_totals, subject=subject))
+        samples = await self._database.read(partial(_samples, erasure_ids=ids))
+        learnt = await asyncio.to_thread(
+            versions_that_learnt, self._settings.store_path, self._settings.keys_path, samples
+        )
+        response.versions.extend(learnt.directly)
+        response.descended_versions.extend(learnt.descended)
+        # The last that may have been published is what was on its way at the end.
+        clean = response.erased_at.ToMicroseconds() + int(self._settings.stream_retention_days * 86_400e6)
+        response.stream_clean_at.FromMicroseconds(clean)
+        return response
+
+
+def _tenants_there(connection: Connection) -> list[str]:
+    found: set[str] = set()
+    for table in (tables.feedback, tables.generations):
+        found.update(connection.execute(select(table.c.tenant).distinct()).scalars())
+    return sorted(found)
+
+
+def _pending(connection: Connection) -> list[tuple[str, str]]:
+    row = tables.erasures.c
+    found = select(row.erasure_id, row.tenant).where(row.finished_at.is_(None)).order_by(row.erasure_id)
+    return [(erasure_id, tenant) for erasure_id, tenant in connection.execute(found)]
+
+
+def _is_finished(connection: Connection, subject: bytes) -> bool:
+    """Whether every erasure of a user is."""
+    row = tables.erasures.c
+    pending = select(row.erasure_id).where(row.subject == subject, row.finished_at.is_(None)).limit(1)
+    return connection.execute(pending).first() is None
+
+
+def _samples(connection: Connection, erasure_ids: list[str]) -> set[str]:
+    samples: set[str] = set()
+    for page in erasure.pages(erasure_ids):
+        found = select(tables.erased_samples.c.sample_id).where(tables.erased_samples.c.erasure_id.in_(page))
+        samples.update(connection.execute(found).scalars())
+    return samples
+
+
+def _note(connection: Connection, erasure_id: str, scrubbed: copies.Scrubbed) -> None:
+    row = tables.erasures.c
+    connection.execute(
+        update(tables.erasures)
+        .where(row.erasure_id == erasure_id)
+        .values(
+            exported_rows_erased=row.exported_rows_erased + scrubbed.rows,
+            exports_out_of_reach="\n".join(scrubbed.out_of_reach),
+        )
+    )
+
+
+def _mark(connection: Connection, erasure_ids: list[str]) -> None:
+    for page in erasure.pages(erasure_ids):
+        done = update(tables.erasures).where(tables.erasures.c.erasure_id.in_(page))
+        connection.execute(done.values(finished_at=now_micros()))
+
+
+def _totals(connection: Connection, subject: bytes) -> tuple[ForgetResponse, list[str]]:
+    """What all erasures of a user came to, and their ids."""
+    response, ids = ForgetResponse(), []
+    rows = connection.execute(select(tables.erasures).where(tables.erasures.c.subject == subject)).all()
+    for row in rows:
+        ids.append(row.erasure_id)
+        response.feedback_erased += row.feedback_erased
+        response.generations_erased += row.generations_erased
+        response.exported_rows_erased += row.exported_rows_erased
+        for path in row.exports_out_of_reach.splitlines():
+            if path not in response.exports_out_of_reach:
+                response.exports_out_of_reach.append(path)
+    erased_at = Timestamp()
+    # Of the first that erased anything: asking again does not make it later.
+    changed = [row for row in rows if row.feedback_erased or row.generations_erased] or rows
+    erased_at.FromMicroseconds(max(row.finished_at for row in changed))
+    response.erased_at.CopyFrom(erased_at)
+    return response, ids

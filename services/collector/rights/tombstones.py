@@ -1,0 +1,99 @@
+"""What must not come back: hashes of forgotten users and of the prompts that went with them, and no content.
+
+A record that is read again from the stream, or comes late, is dropped when it is one of theirs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+from sqlalchemy import Connection, bindparam, insert, select
+
+from services.collector.submission import Submission
+from services.collector.tables import generations, tombstones
+from thumbwheel import errors
+from thumbwheel.v1.events_pb2 import GenerationEvent
+
+PAGE = 500
+"""Values in one statement: databases take some thousands."""
+
+# Built once: it runs with every piece of feedback.
+_PRESENT = select(tombstones.c.hash).where(tombstones.c.hash.in_(bindparam("of_hashes", expanding=True)))
+
+
+def user_hash(tenant: str, user_id: str) -> bytes:
+    """SHA-256 of a user: 32 bytes."""
+    return _hash("user", tenant, user_id)
+
+
+def prompt_hash(tenant: str, prompt_id: str) -> bytes:
+    """SHA-256 of a prompt's id: 32 bytes."""
+    return _hash("prompt", tenant, prompt_id)
+
+
+def bury(connection: Connection, hashes: Iterable[bytes], erasure_id: str) -> None:
+    """Sets tombstones, each once."""
+    wanted = list(dict.fromkeys(hashes))
+    there = present(connection, wanted)
+    rows = [{"hash": each, "erasure_id": erasure_id} for each in wanted if each not in there]
+    if rows:
+        connection.execute(insert(tombstones), rows)
+
+
+def present(connection: Connection, hashes: Sequence[bytes]) -> set[bytes]:
+    """Those of the hashes that have a tombstone."""
+    found: set[bytes] = set()
+    for start in range(0, len(hashes), PAGE):
+        found.update(connection.execute(_PRESENT, {"of_hashes": hashes[start : start + PAGE]}).scalars())
+    return found
+
+
+def admitted(connection: Connection, events: Sequence[GenerationEvent]) -> list[GenerationEvent]:
+    """The generations but those of forgotten users, and those without a user that answer an erased prompt."""
+    users = [user_hash(event.tenant, event.user_id) for event in events]
+    prompts = [prompt_hash(event.tenant, event.generation.prompt_id) for event in events]
+    there = present(connection, [*dict.fromkeys((*users, *prompts))])
+    return [
+        event
+        for event, user, prompt in zip(events, users, prompts, strict=True)
+        if user not in there and not (prompt in there and not event.user_id)
+    ]
+
+
+def refuse(connection: Connection, submission: Submission) -> None:
+    """Refuses feedback of a forgotten user, and on what was erased. Raises `errors.FailedPrecondition`."""
+    tenant = submission.tenant
+    user, prompt = user_hash(tenant, submission.feedback.user_id), prompt_hash(tenant, submission.prompt_id)
+    there = present(connection, [user, prompt])
+    if user in there:
+        raise _forgotten("feedback.user_id")
+    # A prompt has a tombstone also where a forgotten user judged it before its responses, another user's, had arrived.
+    if (
+        prompt in there
+        and not connection.execute(
+            select(generations.c.generation_id)
+            .where(generations.c.prompt_id == submission.prompt_id, generations.c.tenant == tenant)
+            .limit(1)
+        ).all()
+    ):
+        raise errors.FailedPrecondition(
+            "feedback: the response it is about was erased.", remedy="Leave it; there is nothing left to judge."
+        )
+
+
+def refuse_user(connection: Connection, tenant: str, user_id: str, *, field: str) -> None:
+    """Raises `errors.FailedPrecondition` for a user who was forgotten; `field` is where the user is named."""
+    if present(connection, [user_hash(tenant, user_id)]):
+        raise _forgotten(field)
+
+
+def _forgotten(field: str) -> errors.FailedPrecondition:
+    return errors.FailedPrecondition(
+        f"{field}: this user was forgotten.", remedy="Give a user who comes back a new pseudonym."
+    )
+
+
+def _hash(kind: str, tenant: str, id: str) -> bytes:
+    # Ids hold no control characters, so that nothing can be moved across a separator.
+    return hashlib.sha256(f"thumbwheel {kind}\0{tenant}\0{id}".encode()).digest()
