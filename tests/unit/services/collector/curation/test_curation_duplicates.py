@@ -48,11 +48,12 @@ def test_a_chain_of_small_changes_does_not_become_one_group() -> None:
     assert 5 <= len(set(found)) < len(found)
 
 
-def test_similarity_is_as_set() -> None:
+@pytest.mark.parametrize(("set_to", "surely", "surely_not"), [(0.7, 0.85, 0.5), (0.95, 0.999, 0.85)])
+def test_similarity_is_as_set(set_to: float, surely: float, surely_not: float) -> None:
     """Held against the exact Jaccard similarity of word triples: clear cases fall on their side."""
     chance = random.Random(7)
     vocabulary = [f"w{i}" for i in range(5_000)]
-    groups = PromptGroups(CurationSettings(duplicate_similarity=0.7))
+    groups = PromptGroups(CurationSettings(duplicate_similarity=set_to))
     for number in range(200):
         words = chance.choices(vocabulary, k=60)
         changed = words.copy()
@@ -62,9 +63,9 @@ def test_similarity_is_as_set() -> None:
         similarity = len(one & other) / len(one | other)
         groups.add("acme", f"a{number}", " ".join(words))
         group = groups.add("acme", f"b{number}", " ".join(changed))
-        if similarity > 0.85:
+        if similarity > surely:
             assert group == f"a{number}"
-        elif similarity < 0.5:
+        elif similarity < surely_not:
             assert group == f"b{number}"
 
 

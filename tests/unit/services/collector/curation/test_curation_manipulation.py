@@ -6,7 +6,17 @@ from collections.abc import Iterable
 
 import pytest
 
-from services.collector.curation import CurationSettings, RaterId, Reason, Result, State, Vote, assess, curate_all
+from services.collector.curation import (
+    CurationSettings,
+    RaterId,
+    Raters,
+    Reason,
+    Result,
+    State,
+    Vote,
+    assess,
+    curate_all,
+)
 from tests.unit.services.collector.curation.population import World, accepted_win_rate, ranked, win_rate
 
 PEOPLE = 400
@@ -81,6 +91,23 @@ def test_one_person_who_always_likes_one_version_does_not_collude() -> None:
     world = World(6)
     raters = assess((vote.prompt_id, vote) for vote in world.honest(PEOPLE) + world.colluders(1, 150))
     assert raters[RaterId("acme", "puppet000")].quarantine is not Reason.QUARANTINED_COLLUSION
+
+
+def test_a_group_is_no_smaller_than_set() -> None:
+    world = World(8)
+    votes = [(vote.prompt_id, vote) for vote in world.honest(60) + world.colluders(2, 60)]
+    easily = CurationSettings(group_chance=0.5, collusion_accounts=3)
+    assert colluding(assess(votes, easily)) == set()
+    assert colluding(assess(votes, easily.model_copy(update={"collusion_accounts": 2}))) == {"puppet000", "puppet001"}
+
+
+def test_as_many_one_sided_accounts_as_chance_gives_are_no_group() -> None:
+    votes = [(vote.prompt_id, vote) for vote in World(9).honest(100)]
+    assert colluding(assess(votes, CurationSettings(account_chance=0.2))) == set()
+
+
+def colluding(raters: Raters) -> set[str]:
+    return {one.user_id for one in raters if raters[one].quarantine is Reason.QUARANTINED_COLLUSION}
 
 
 def test_accounts_in_lockstep_are_found_where_no_version_is_known() -> None:
