@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
+
+from pydantic import BaseModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,6 +33,7 @@ Written from the settings classes by `make docs`; do not edit.
 
 A value comes from the flag, else from the environment variable, else it is the default: `--max-tokens 512` and
 `THUMBWHEEL_MAX_TOKENS=512` say the same. A value that is out of bounds ends the process at once, with the flag's name.
+Flags with a dot share a variable, in JSON: `THUMBWHEEL_CURATION='{"user_votes_per_day": 100}'`.
 """
 
 
@@ -49,17 +53,24 @@ def _default(default: Any) -> str:
     return "" if str(default) == "PydanticUndefined" else f"`{default}`"
 
 
+def _rows(settings: type[BaseModel], prefix: str = "--") -> Iterator[str]:
+    for name, field in settings.model_fields.items():
+        flag = prefix + name.replace("_", "-")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _rows(field.annotation, flag + ".")
+            continue
+        what = " ".join((field.description or "").split()).replace("|", "\\|")
+        default = "in the user's data folder" if name == "home" else _default(field.default)
+        yield f"| `{flag}` | {what} | {_type(field.annotation)} | {default} |"
+
+
 def document() -> str:
     """The page."""
     parts = [HEAD]
     for command, settings in PROCESSES.items():
         parts.append(f"\n## `{command}`\n\n{(settings.__doc__ or '').strip()}\n")
         parts.append("| flag | what | value | default |\n|---|---|---|---|")
-        for name, field in settings.model_fields.items():
-            what = " ".join((field.description or "").split()).replace("|", "\\|")
-            flag = "--" + name.replace("_", "-")
-            default = "in the user's data folder" if name == "home" else _default(field.default)
-            parts.append(f"| `{flag}` | {what} | {_type(field.annotation)} | {default} |")
+        parts += _rows(settings)
         parts[-1] += "\n"
     return "\n".join(parts).rstrip() + "\n"
 

@@ -285,7 +285,7 @@ async def collect(settings: CollectorSettings) -> None:
     curator = Curator(settings.rules)
     log = open_log(settings.bootstrap_servers)
     try:
-        async with opened(settings) as database, _reward(settings) as (reward, metadata):
+        async with opened(settings) as database, reward_service(settings) as (reward, metadata):
             relay = Relay(database, log, settings, redaction)
             ingest = Ingest(database, log, settings, curator, relay.wake, tenants)
             assessor = Assessor(database, settings.rules, settings.assess_seconds, relay.wake)
@@ -312,7 +312,7 @@ async def collect(settings: CollectorSettings) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _reward(settings: CollectorSettings) -> AsyncIterator[tuple[RewardServiceAsyncStub | None, Metadata]]:
+async def reward_service(settings: CollectorSettings) -> AsyncIterator[tuple[RewardServiceAsyncStub | None, Metadata]]:
     """The reward service, and what calls of it carry: the API key and certificates that the environment names."""
     if not settings.reward:
         yield None, ()

@@ -251,6 +251,7 @@ async def test_bulk_answers_everything_and_is_recorded_as_shown_to_nobody(world:
     events = {event.event_id: event for event in await _recorded(world.log, {*rollouts, asked.generation_id})}
     for rollout in rollouts:
         assert events[rollout].bulk
+        assert not events[rollout].generation.HasField("receipt")
         assert not events[rollout].HasField("shown_probability")
         assert events[rollout].tenant == "acme"
     mine = events[asked.generation_id]

@@ -66,6 +66,17 @@ async def test_generations_are_stored_whole_and_wake_the_relay(
     assert found == {event.event_id: event for event in events}
 
 
+async def test_what_is_generated_in_bulk_is_passed_by(
+    database: Database, log: MemoryLog, settings: CollectorSettings, deployment: Deployment
+) -> None:
+    rollout, shown = deployment.generation("rollout"), deployment.generation("shown")
+    rollout.bulk = True
+    publish(log, rollout, shown, rollout)
+    async with running(database, log, settings):
+        await eventually(partial(consumed, database), lambda count: count == 3)
+    assert await stored(database) == {shown.event_id: shown}
+
+
 async def test_late_generations_join_what_was_held(
     database: Database, log: MemoryLog, settings: CollectorSettings, deployment: Deployment
 ) -> None:

@@ -6,6 +6,8 @@ import math
 import random
 from collections import Counter
 from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
 
 import grpc
 import grpc.aio
@@ -15,10 +17,12 @@ from hypothesis import strategies as st
 
 from services.collector import picking
 from services.collector.asking import Asking
+from services.collector.config import CollectorSettings
 from services.collector.database import Database
 from services.collector.picked import Pair
 from services.collector.picking import Eligible, pick, probabilities
 from services.collector.rules import Shares
+from services.collector.service import reward_service
 from tests.unit.services.collector import parts
 from tests.unit.services.collector.parts import Deployment, store
 from thumbwheel import errors
@@ -26,7 +30,6 @@ from thumbwheel.v1.preference_pb2 import PickStrategy
 from thumbwheel.v1.reward_pb2 import RewardScore, ScoreRequest, ScoreResponse
 from thumbwheel.v1.reward_pb2_grpc import (
     RewardServiceServicer,
-    RewardServiceStub,
     add_RewardServiceServicer_to_server,
 )
 
@@ -103,26 +106,33 @@ class Rewards(RewardServiceServicer):
     """A reward service that scores by length, and may be away."""
 
     away = False
+    keys: ClassVar[set[str]] = set()
 
-    async def Score(self, request: ScoreRequest, context: object) -> ScoreResponse:
+    async def Score(self, request: ScoreRequest, context: grpc.aio.ServicerContext[Any, Any]) -> ScoreResponse:
         if self.away:
             raise RuntimeError("away")
+        self.keys.update(str(value) for key, value in context.invocation_metadata() or () if key == "authorization")
         return ScoreResponse(scores=[RewardScore(score=len(item.response)) for item in request.items], version="r")
 
 
-async def test_the_reward_model_is_asked_over_grpc_and_done_without(database: Database, deployment: Deployment) -> None:
+async def test_the_reward_model_is_asked_over_grpc_and_done_without(
+    database: Database, deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pairs = [deployment.pair("short", "short" + "!" * gap) for gap in (4, 1, 9)]
     await store(database, *(event for pair in pairs for event in pair))
     server, rewards = grpc.aio.server(), Rewards()  # type: ignore[abstract]  # as above
     add_RewardServiceServicer_to_server(rewards, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        asking = Asking(database, RewardServiceStub(channel), shares=Shares(0.01, 0.0), draw=random.Random(0))
+    monkeypatch.setenv("THUMBWHEEL_API_KEY", "tw_secret")
+    settings = CollectorSettings(home=tmp_path, reward=f"127.0.0.1:{port}")
+    async with reward_service(settings) as (reward, metadata):
+        asking = Asking(database, reward, metadata, Shares(0.01, 0.0), draw=random.Random(0))
         first = await asking.next("default", "ann")
         assert first.strategy == PickStrategy.PICK_STRATEGY_UNCERTAIN
         assert {first.a.generation_id, first.b.generation_id} == {event.event_id for event in pairs[1]}
         assert first.propensity == pytest.approx((0.99 + 0.01 / 3) / 2)
+        assert rewards.keys == {"Bearer tw_secret"}
         rewards.away = True
         second = await asking.next("default", "ann")
         assert second.strategy == PickStrategy.PICK_STRATEGY_RANDOM
