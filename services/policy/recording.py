@@ -157,6 +157,7 @@ class Recorder:
         if again:
             excess = max(0, len(self._memory) + len(again) - _IN_MEMORY)
             self._memory.extendleft(reversed(again[excess:]))
+            self._in_hand = 0
             self._dropped(min(excess, len(again)), "neither disk nor broker keeps up")
             self._arrived.set()
             await asyncio.sleep(_RETRY_SECONDS)
