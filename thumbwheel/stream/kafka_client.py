@@ -52,6 +52,8 @@ class _Network(KafkaNetClient):  # type: ignore[misc]
     """Closes its sockets, also those whose connections were being made, or did not answer, when it was closed."""
 
     def close(self, node_id: Any = None) -> None:
+        if node_id is None:
+            self._net.stop()  # or its thread might go on to read from a socket that this one closes
         super().close(node_id=node_id)
         if node_id is None:
             for sock in list(_sockets.pop(self._net, ())):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import Counter, Gauge
@@ -186,7 +186,7 @@ class KafkaLogConsumer:
     def _place(self) -> None:
         """Seeks to the positions that are new, or to the oldest record. Positions past the end show when fetching."""
         placing = [kafka.TopicPartition(*tp) for tp in self._unplaced & self._assigned]
-        begins = self._client.beginning_offsets(placing, timeout_ms=int(_SETTLE_SECONDS * 1000))
+        begins = offsets_of(self._client.beginning_offsets, placing)
         for partition, begin in begins.items():
             tp = TopicPartition(*partition)
             self._positions[tp] = max(self._positions.get(tp, begin), begin)
@@ -198,7 +198,7 @@ class KafkaLogConsumer:
         deadline = time.monotonic() + _SETTLE_SECONDS
         reader = self._reader()
         try:
-            ends: dict[Any, int] = reader.end_offsets(reader.assignment(), timeout_ms=int(_SETTLE_SECONDS * 1000))
+            ends = offsets_of(reader.end_offsets, reader.assignment())
             for partition, end in ends.items():
                 reader.seek(partition, end)
             while None in (told := [reader.highwater(partition) for partition in ends]):
@@ -266,3 +266,13 @@ class KafkaLogConsumer:
         dropped, self._client = self._client, None
         if dropped is not None:
             dropped.close(autocommit=False, timeout_ms=int(_CLOSE_SECONDS * 1000))
+
+
+def offsets_of(ask: Callable[..., dict[Any, int]], partitions: Collection[Any]) -> dict[Any, int]:
+    """What kafka-python says of these partitions. Raises its `UnknownTopicOrPartitionError` where the broker knows only
+    some of them, as one does whose topics are being made anew; kafka-python then raises `KeyError`.
+    """
+    try:
+        return ask(partitions, timeout_ms=int(_SETTLE_SECONDS * 1000))
+    except KeyError as error:
+        raise kafka_errors.UnknownTopicOrPartitionError(f"{error} is not there") from error
