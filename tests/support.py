@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from thumbwheel.auth import ManifestSigner, ManifestVerifier, create_keys
 from thumbwheel.checkpoints.store import LocalStore, version_name
+from thumbwheel.stack import is_free
 from thumbwheel.stream import topics
 from thumbwheel.stream.log import Producer
 from thumbwheel.v1.events_pb2 import VersionEvent
@@ -103,11 +104,20 @@ class Deployment:
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nothing listens on, and none of those that the system gives to clients."""
+    return _free(range(12_000, 20_000), (0,))
+
+
+def free_base_port() -> int:
+    """As `free_port`, for all the ports above it that a stack needs."""
+    return _free(range(20_000, 32_000, 100), (1, 2, 3, 4, 9, 51, 52, 53, 54, 55))
+
+
+def _free(choices: Sequence[int], offsets: Sequence[int]) -> int:
+    for port in random.SystemRandom().sample(choices, 100):
+        if all(is_free(f"127.0.0.1:{port + offset}") for offset in offsets):
+            return port
+    raise RuntimeError(f"A hundred ports from {choices[0]} to {choices[-1]} are taken: stop what listens there.")
 
 
 @dataclass

@@ -16,12 +16,12 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support import free_port, make_tiny_llama, until
+from tests.support import free_base_port, make_tiny_llama, until
 from thumbwheel import errors
 from thumbwheel.auth import ManifestVerifier
 from thumbwheel.checkpoints.store import LocalStore
 from thumbwheel.client import AsyncClient
-from thumbwheel.stack import PartDied, Stack, StackSettings, is_free, read_addresses
+from thumbwheel.stack import PartDied, Stack, StackSettings, read_addresses
 from thumbwheel.status import read_status
 from thumbwheel.v1.policy_pb2 import SamplingParams
 from thumbwheel.v1.preference_pb2 import FEEDBACK_STATE_ACCEPTED, FEEDBACK_STATE_APART, FEEDBACK_STATE_RECORDED
@@ -38,19 +38,11 @@ ENVIRONMENT = {
 SHORT = SamplingParams(max_tokens=24, ignore_eos=True)
 
 
-def _base_port() -> int:
-    """A port with nothing on the ports above it that a stack needs."""
-    while True:
-        base = min(free_port(), 64000)
-        if all(is_free(f"127.0.0.1:{base + offset}") for offset in (1, 2, 3, 4, 9, 51, 52, 53, 54, 55)):
-            return base
-
-
 @pytest.fixture
 def settings(tmp_path: Path) -> StackSettings:
     """A deployment on a tiny model."""
     model = make_tiny_llama(tmp_path / "tiny", seed=0)
-    return StackSettings(home=tmp_path / "home", base_port=_base_port(), model=str(model))
+    return StackSettings(home=tmp_path / "home", base_port=free_base_port(), model=str(model))
 
 
 def _client(settings: StackSettings) -> AsyncClient:

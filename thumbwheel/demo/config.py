@@ -18,8 +18,8 @@ class DemoSettings(StackSettings):
     out: Path = Path("demo-out")
     """Where the plot and the figures are saved."""
 
-    base_port: int = Field(default=52050, ge=1024, le=65000)
-    """The parts listen on ports above it."""
+    base_port: int = Field(default=22050, ge=1024, le=65000)
+    """The parts listen on ports above it, which are below those that Linux gives to clients."""
 
     preference: str = "concise"
     """What the users prefer; `thumbwheel demo --list` names them all."""
