@@ -8,6 +8,7 @@ What it loses when it stops, the collector's database can publish again; beyond 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -245,8 +246,6 @@ def _supervise(broker: EmbeddedBroker, ending: threading.Event) -> int:
 
     memory = Gauge("thumbwheel_stream_broker_resident_bytes", "Memory of the embedded broker, which keeps all in it.")
     logger.info("the broker answers", extra={"listen": broker.bootstrap_servers, "log": str(broker.log)})
-    assert broker.pid is not None
-    child = psutil.Process(broker.pid)
     measured = 0.0
     while not ending.wait(0.1):
         status = broker.wait(0)
@@ -255,7 +254,10 @@ def _supervise(broker: EmbeddedBroker, ending: threading.Event) -> int:
             return 1
         if time.monotonic() - measured > _MEASURE_SECONDS:
             measured = time.monotonic()
-            memory.set(child.memory_info().rss)
+            # Where it has just ended, the next turn says so.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if (pid := broker.pid) is not None:
+                    memory.set(psutil.Process(pid).memory_info().rss)
     logger.info("the broker is stopped")
     return 0
 
