@@ -170,10 +170,15 @@ def test_ctrl_c_stops_everything(settings: StackSettings) -> None:
     command = [sys.executable, "-m", "thumbwheel.cli", "up", "--home", str(settings.home)]
     command += ["--base-port", str(settings.base_port), "--model", settings.model]
     log = settings.home.parent / "up.log"
-    with log.open("w") as out:
-        up = subprocess.Popen(
-            command, stdout=out, stderr=out, env={**os.environ, **ENVIRONMENT}, start_new_session=True
-        )
+    # Where the tests run in the background of a shell, Ctrl-C is ignored, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with log.open("w") as out:
+            up = subprocess.Popen(
+                command, stdout=out, stderr=out, env={**os.environ, **ENVIRONMENT}, start_new_session=True
+            )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
     async def is_up() -> bool:
         assert up.poll() is None, log.read_text()
