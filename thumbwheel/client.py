@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
 
@@ -135,7 +135,7 @@ class AsyncClient:
 
     async def stream(
         self, prompt: PromptLike, *, sampling: policy_pb.SamplingParams | None = None, user_id: str = ""
-    ) -> AsyncIterator[policy_pb.GenerationDelta | policy_pb.Generation]:
+    ) -> AsyncGenerator[policy_pb.GenerationDelta | policy_pb.Generation, None]:
         """One response in pieces, then whole. Leaving the loop early cancels the request."""
         request = policy_pb.GenerateStreamRequest(prompt=to_prompt(prompt), sampling=sampling, user_id=user_id)
         call = self._policy.GenerateStream(request, **self._call)

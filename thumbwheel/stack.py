@@ -268,12 +268,13 @@ class Stack:
         try:
             while ready:
                 done, _ = await asyncio.wait({*ready, *deaths}, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    if task in deaths:
-                        raise self._obituary(deaths[task])  # type: ignore[index]  # a task of deaths
-                    await task
-                    ready.discard(task)
-                    self._progress(f"{task.get_name()} is serving")
+                for death, part in deaths.items():
+                    if death in done:
+                        raise self._obituary(part)
+                for served in ready & done:
+                    await served
+                    ready.discard(served)
+                    self._progress(f"{served.get_name()} is serving")
         except asyncio.CancelledError:
             self._progress(f"not ready: {', '.join(sorted(task.get_name() for task in ready))}")
             raise
@@ -292,7 +293,7 @@ class Stack:
             if not is_free(address):
                 raise errors.PortInUse(
                     f"{part} needs {address}, but another process listens there.",
-                    remedy=f"Stop it, or type `thumbwheel up --base-port {self.settings.base_port + 100}`.",
+                    remedy=f"Stop it, or choose other ports with --base-port {self.settings.base_port + 100}.",
                 )
 
     async def _stop(self) -> None:

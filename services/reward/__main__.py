@@ -2,49 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from services.reward.config import RewardSettings
 from thumbwheel import serving, telemetry
 
 
 async def main(settings: RewardSettings) -> None:
     """Starts the engine on the newest version that verifies, then serves and follows new ones."""
-    from services.engine import Engine
-    from services.prompts import PromptEncoder
+    from services.process import running
     from services.reward.service import RewardService
-    from services.versions import Follower, newest_verified
-    from thumbwheel.auth import ManifestVerifier
-    from thumbwheel.checkpoints.store import LocalStore
-    from thumbwheel.stream import open_log
     from thumbwheel.v1.reward_pb2_grpc import add_RewardServiceServicer_to_server
     from thumbwheel.v1.rollout_pb2 import ModelRole
 
-    store = LocalStore(settings.store_path, ManifestVerifier.load(settings.keys_path))
-    version = newest_verified(store, ModelRole.MODEL_ROLE_REWARD, process="reward")
-    engine = await Engine.start(version, settings, pooling=True)
-    log = open_log(settings.bootstrap_servers)
-    try:
-        encoder = await asyncio.to_thread(PromptEncoder, version.path)
+    async with running(settings, ModelRole.MODEL_ROLE_REWARD, process="reward") as model:
         service = RewardService(
-            engine=engine,
-            encoder=encoder,
+            engine=model.engine,
+            encoder=model.encoder,
             max_model_len=settings.max_model_len,
             max_in_flight=settings.max_in_flight,
         )
-        follower = Follower(log=log, store=store, engine=engine, role=ModelRole.MODEL_ROLE_REWARD, process="reward")
-        await serving.serve(
-            process="reward",
-            listen=settings.listen,
-            metrics_port=settings.metrics_port,
-            services=["thumbwheel.v1.RewardService"],
-            register=lambda server: add_RewardServiceServicer_to_server(service, server),
-            background={"follower": follower.run, "engine": engine.watch},
-            drain_seconds=settings.drain_seconds,
-        )
-    finally:
-        await engine.close()
-        log.close()
+        await model.serve("thumbwheel.v1.RewardService", add_RewardServiceServicer_to_server, service)
 
 
 if __name__ == "__main__":

@@ -234,13 +234,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         host, port = split_address(given.listen)
         broker = EmbeddedBroker(host=host, port=port, log=given.log)
         with metrics_server(given.metrics_port, process="broker", host=host), broker:
-            return _supervise(broker, ending)
+            return supervise(broker, ending)
     except (errors.ThumbwheelError, ValueError) as error:
         logger.error("%s", error)
         return 1
 
 
-def _supervise(broker: EmbeddedBroker, ending: threading.Event) -> int:
+def supervise(broker: EmbeddedBroker, ending: threading.Event) -> int:
+    """Watches a broker until `ending` (returns 0), or until it has ended by itself (returns 1)."""
     import psutil
     from prometheus_client import Gauge
 

@@ -6,74 +6,22 @@ import asyncio
 import hashlib
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from services.policy.service import prompt_sha256
-from tests.support import Deployment, Process, announce, free_port, until
+from tests.integration.policy.conftest import GREEDY, World
+from tests.support import Deployment, Process, until
 from thumbwheel import errors
 from thumbwheel.auth import ReceiptKey
 from thumbwheel.client import AsyncClient, to_prompt
 from thumbwheel.status import scrape
-from thumbwheel.stream import open_log, topics
-from thumbwheel.stream.broker import EmbeddedBroker
-from thumbwheel.stream.log import Log, Producer
+from thumbwheel.stream import topics
 from thumbwheel.v1 import policy_pb2 as pb
 from thumbwheel.v1.events_pb2 import GenerationEvent
-from thumbwheel.v1.rollout_pb2 import CheckpointManifest, ModelRole
 
 pytestmark = pytest.mark.timeout(420)
-POLICY = ModelRole.MODEL_ROLE_POLICY
-GREEDY = pb.SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-
-
-@dataclass
-class World:
-    """A broker, a store, and a policy service that follows it."""
-
-    deployment: Deployment
-    bootstrap_servers: str
-    log: Log
-    producer: Producer
-    process: Process
-
-    def another(self, processes: list[Process], name: str, deployment: Deployment | None = None) -> Process:
-        """A policy process not yet started, for the same broker."""
-        home = (deployment or self.deployment).home
-        arguments = ["--home", str(home), "--bootstrap-servers", self.bootstrap_servers, "--max-model-len", "2048"]
-        process = Process("services.policy", [*arguments, "--max-tokens", "1900"], home / f"{name}.log")
-        processes.append(process)
-        return process
-
-    def go_live(self, manifest: CheckpointManifest) -> None:
-        """Announces a version."""
-        announce(self.producer, manifest, self.deployment.store.load(manifest.version).manifest_sha256)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, processes: list[Process]) -> Iterator[World]:
-    """Policy-000000 is live."""
-    deployment = Deployment(tmp_path_factory.mktemp("home"))
-    deployment.publish(POLICY, 0, seed=0)
-    with EmbeddedBroker(port=free_port(), log=deployment.home / "broker.log") as broker:
-        log = open_log(broker.bootstrap_servers)
-        log.ensure_topics(topics.topics(partitions=2, replication=1), 30.0)
-        producer = log.producer()
-        world = World(deployment, broker.bootstrap_servers, log, producer, None)  # type: ignore[arg-type]  # set on the next line
-        world.process = world.another(processes, "policy").start().wait_serving()
-        yield world
-        producer.close(5)
-        log.close()
-
-
-@pytest.fixture
-async def client(world: World) -> AsyncIterator[AsyncClient]:
-    """Talks to the service."""
-    async with AsyncClient(policy=world.process.address, timeout=60.0) as client:
-        yield client
 
 
 async def test_a_response_has_logprobs_spans_and_a_receipt(world: World, client: AsyncClient) -> None:
@@ -204,7 +152,7 @@ async def test_cancelled_streams_free_their_places(client: AsyncClient) -> None:
     await asyncio.gather(*(anext(stream) for stream in streams))
     assert (await client.policy()).requests_in_flight > 0
     for stream in streams:
-        await stream.aclose()  # type: ignore[attr-defined]  # it is a generator
+        await stream.aclose()
 
     async def free() -> bool:
         return (await client.policy()).requests_in_flight == 0
@@ -224,156 +172,6 @@ async def test_metrics_are_served(world: World, client: AsyncClient) -> None:
     assert samples.total("thumbwheel_policy_tokens_total") >= 24
     assert samples.total("grpc_server_handled_total") >= 1
     assert samples.total("vllm:generation_tokens_total") >= 24
-
-
-async def _greedy(client: AsyncClient) -> list[tuple[list[int], list[float]]]:
-    """Tokens and log-probabilities of a few prompts, one at a time, so that batching cannot differ."""
-    answers = [await client.generate(f"Question number {i}", sampling=GREEDY) for i in range(6)]
-    return [(list(answer.token_ids), list(answer.logprobs)) for answer in answers]
-
-
-async def _live(client: AsyncClient, version: str) -> None:
-    async def live() -> bool:
-        return (await client.policy()).version == version
-
-    await until(live)
-
-
-async def test_a_swap_is_true(world: World, client: AsyncClient, processes: list[Process]) -> None:
-    """After it, tokens and log-probabilities are those of a cold start; a response it cut in two goes on as if the new
-    weights had read it from the start."""
-    before = await _greedy(client)
-    prompt_ids = list(range(20, 60))
-    long = pb.SamplingParams(temperature=0.0, max_tokens=1900, ignore_eos=True)
-    new = world.deployment.publish(POLICY, 1, seed=1)
-    announcing = asyncio.create_task(asyncio.to_thread(world.go_live, new))
-    finished = None
-    while finished is None or {span.version for span in finished.spans} == {"policy-000000"}:
-        # One after the other, until the swap cuts one in two.
-        finished = await client.generate(pb.Prompt(tokens=pb.TokenIds(ids=prompt_ids)), sampling=long)
-    await announcing
-    await _live(client, "policy-000001")
-    after = await _greedy(client)
-    assert after != before
-
-    cold = world.another(processes, "cold").start().wait_serving()
-    async with AsyncClient(policy=cold.address) as cold_client:
-        assert (await cold_client.policy()).version == "policy-000001"
-        assert await _greedy(cold_client) == after
-        assert [span.version for span in finished.spans] == ["policy-000000", "policy-000001"]
-        cut = finished.spans[0].end
-        assert 0 < cut < 1900
-        prefix = pb.Prompt(tokens=pb.TokenIds(ids=[*prompt_ids, *finished.token_ids[:cut]]))
-        rest = pb.SamplingParams(temperature=0.0, max_tokens=1900 - cut, ignore_eos=True)
-        continued = await cold_client.generate(prefix, sampling=rest)
-        assert list(continued.token_ids) == list(finished.token_ids[cut:])
-    assert cold.stop() == 0
-
-
-async def test_a_seeded_response_survives_a_swap_in_mid_prompt(world: World, client: AsyncClient) -> None:
-    """Many long prompts at once are computed in pieces; each has a generator of its own."""
-    sequence = int((await client.policy()).version[-6:])
-    new = world.deployment.publish(POLICY, sequence + 1, seed=55)
-    text = pb.Prompt(text="so it goes " * 120)
-
-    async def one(seed: int) -> pb.Generation:
-        return await client.generate(text, sampling=pb.SamplingParams(seed=seed, max_tokens=100, ignore_eos=True))
-
-    async with asyncio.TaskGroup() as group:
-        first = [group.create_task(one(seed)) for seed in range(32)]
-        world.go_live(new)
-    await _live(client, new.version)
-    assert all(len(task.result().token_ids) == 100 for task in first)
-    # One at a time, with the prompt in the cache: in a batch of another size, bf16 rounds otherwise.
-    again = [[(await one(seed)).text for seed in (0, 1, 2, 3)] for _ in range(3)]
-    assert again[1] == again[2]
-    assert len(set(again[1])) == 4
-
-
-async def test_swaps_under_load_fail_nothing(world: World, client: AsyncClient) -> None:
-    """Sixteen streams at a time, ten swaps; no request fails, and every token says which version made it."""
-    start = int((await client.policy()).version[-6:])
-    versions = [world.deployment.publish(POLICY, start + 1 + i, seed=100 + i) for i in range(10)]
-    stop = asyncio.Event()
-    finished: list[pb.Generation] = []
-
-    async def user(number: int) -> None:
-        turn = 0
-        while not stop.is_set():
-            turn += 1
-            sampling = pb.SamplingParams(max_tokens=200, ignore_eos=True, seed=number * 1000 + turn)
-            pieces = [piece async for piece in client.stream(f"I am user {number}", sampling=sampling)]
-            last = pieces[-1]
-            assert isinstance(last, pb.Generation)
-            finished.append(last)
-
-    async with asyncio.TaskGroup() as group:
-        for number in range(16):
-            group.create_task(user(number))
-
-        async def busy() -> bool:
-            return (await client.policy()).requests_in_flight == 16
-
-        for manifest in versions:
-            await until(busy)
-            world.go_live(manifest)
-            await _live(client, manifest.version)
-        stop.set()
-    crossed = 0
-    for generation in finished:
-        assert len(generation.token_ids) == len(generation.logprobs) == 200
-        assert [span.start for span in generation.spans] == [0, *(span.end for span in generation.spans[:-1])]
-        assert generation.spans[-1].end == 200
-        names = [span.version for span in generation.spans]
-        assert names == sorted(set(names))
-        crossed += len(names) > 1
-    assert crossed >= 10
-    swaps = (await client.policy()).swaps[-10:]
-    assert [swap.version for swap in swaps] == [manifest.version for manifest in versions]
-    assert {swap.outcome for swap in swaps} == {pb.SWAP_OUTCOME_LIVE}
-
-
-async def test_a_version_that_is_not_what_it_says_is_refused(world: World, client: AsyncClient) -> None:
-    sequence = int((await client.policy()).version[-6:])
-    before = await _greedy(client)
-    bad = world.deployment.publish(POLICY, sequence + 1, seed=900)
-    digest = world.deployment.store.load(bad.version).manifest_sha256
-    weights = world.deployment.home / "store" / bad.version / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.chmod(0o644)
-    weights.write_bytes(whole[:-1000])
-    announce(world.producer, bad, digest)
-    good = world.deployment.publish(POLICY, sequence + 2, seed=901)
-
-    def refused() -> bool:
-        return any(bad.version in message for message in world.process.errors())
-
-    async def said() -> bool:
-        return refused()
-
-    await until(said)
-    assert (await client.policy()).version != bad.version
-    assert await _greedy(client) == before
-    world.go_live(good)
-    await _live(client, good.version)
-
-
-async def test_an_undecodable_announcement_goes_to_the_dead_letters(world: World, client: AsyncClient) -> None:
-    world.producer.send(topics.VERSIONS, b"policy", b"\xff\xff not a version").result(30)
-    consumer = world.log.consumer([topics.DEADLETTER], group="test")
-    letters: list[bytes] = []
-
-    async def arrived() -> bool:
-        letters.extend(record.value for record in await asyncio.to_thread(consumer.poll, 0.2))
-        return bool(letters)
-
-    await until(arrived)
-    consumer.close()
-    assert b"\xff\xff not a version" in letters[0]
-    sequence = int((await client.policy()).version[-6:]) + 1
-    manifest = world.deployment.publish(POLICY, sequence, seed=77)
-    world.go_live(manifest)
-    await _live(client, manifest.version)
 
 
 def test_no_model_is_said_plainly(world: World, processes: list[Process], tmp_path: Path) -> None:

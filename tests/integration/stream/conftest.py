@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -12,9 +14,11 @@ import pytest
 
 from thumbwheel.stream.broker import EmbeddedBroker
 from thumbwheel.stream.kafka import KafkaLog
-from thumbwheel.stream.log import Log, TopicPartition
+from thumbwheel.stream.log import Consumer, Log, Producer, Record, Topic, TopicPartition
 from thumbwheel.stream.memory import MemoryLog
 
+T = "thumbwheel.test.v1"
+SECONDS = 15.0
 QUEUE = 50
 DELIVERY_TIMEOUT = 3.0
 
@@ -109,3 +113,40 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
     finally:
         kafka.log.close()
         kafka.broker.kill()
+
+
+@pytest.fixture
+def topic(rig: Rig) -> str:
+    rig.log.ensure_topics([Topic(T, 3)], SECONDS)
+    return T
+
+
+def read(consumer: Consumer, count: int) -> list[Record]:
+    """Exactly `count` records: waits for them, and sees that no more come with them."""
+    got: list[Record] = []
+    deadline = time.monotonic() + SECONDS
+    while len(got) < count and time.monotonic() < deadline:
+        got += consumer.poll(0.5)
+    assert len(got) == count, f"{len(got)} records, not {count}: {[r.value for r in got]}"
+    return got
+
+
+def read_until(consumer: Consumer, enough: Callable[[list[Record]], bool]) -> list[Record]:
+    got: list[Record] = []
+    deadline = time.monotonic() + SECONDS
+    while not enough(got):
+        assert time.monotonic() < deadline, [r.value for r in got]
+        got += consumer.poll(0.2)
+    return got
+
+
+def send(producer: Producer, values: Iterable[bytes], *, key: bytes = b"k") -> None:
+    for future in [producer.send(T, key, value) for value in values]:
+        future.result(SECONDS)
+
+
+def by_key(records: Iterable[Record]) -> dict[bytes, list[bytes]]:
+    found: dict[bytes, list[bytes]] = defaultdict(list)
+    for record in records:
+        found[record.key].append(record.value)
+    return dict(found)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -15,18 +16,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support import free_port
 from thumbwheel import errors
-from thumbwheel.stream.broker import EmbeddedBroker, main
+from thumbwheel.stream.broker import EmbeddedBroker, main, supervise
 from thumbwheel.stream.kafka import KafkaLog
 from thumbwheel.stream.log import Topic
 
 SECONDS = 15.0
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 def answers(port: int) -> bool:
@@ -138,6 +134,15 @@ def test_the_process_serves_metrics_and_stops_cleanly(wrapper: Wrapper) -> None:
     wrapper.process.send_signal(signal.SIGTERM)
     assert wrapper.process.wait(SECONDS) == 0
     assert not wrapper.child.is_running()
+
+
+def test_a_broker_that_died_before_it_is_watched_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with EmbeddedBroker(port=free_port(), log=tmp_path / "broker.log") as broker:
+        assert broker.pid is not None
+        os.kill(broker.pid, signal.SIGKILL)
+        assert broker.wait(SECONDS) == -signal.SIGKILL
+        assert supervise(broker, threading.Event()) == 1
+    assert "the broker ended with status -9" in caplog.text
 
 
 def test_the_process_ends_and_says_why_when_the_broker_dies(wrapper: Wrapper) -> None:

@@ -6,59 +6,18 @@ import asyncio
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.integration.stream.conftest import DELIVERY_TIMEOUT, QUEUE, Rig
+from tests.integration.stream.conftest import QUEUE, SECONDS, Rig, T, by_key, read, send
 from thumbwheel import errors
 from thumbwheel.stream import deadletter
 from thumbwheel.stream.aio import acked, records
-from thumbwheel.stream.log import Consumer, LossDetector, Producer, Record, Topic, TopicPartition
+from thumbwheel.stream.log import Topic, TopicPartition
 from thumbwheel.stream.topics import DEADLETTER
 from thumbwheel.v1.events_pb2 import ComparisonEvent, DeadLetter
-
-T = "thumbwheel.test.v1"
-SECONDS = 15.0
-
-
-def read(consumer: Consumer, count: int) -> list[Record]:
-    """Exactly `count` records: waits for them, and sees that no more come with them."""
-    got: list[Record] = []
-    deadline = time.monotonic() + SECONDS
-    while len(got) < count and time.monotonic() < deadline:
-        got += consumer.poll(0.5)
-    assert len(got) == count, f"{len(got)} records, not {count}: {[r.value for r in got]}"
-    return got
-
-
-def read_until(consumer: Consumer, enough: Callable[[list[Record]], bool]) -> list[Record]:
-    got: list[Record] = []
-    deadline = time.monotonic() + SECONDS
-    while not enough(got):
-        assert time.monotonic() < deadline, [r.value for r in got]
-        got += consumer.poll(0.2)
-    return got
-
-
-def send(producer: Producer, values: Iterable[bytes], *, key: bytes = b"k") -> None:
-    for future in [producer.send(T, key, value) for value in values]:
-        future.result(SECONDS)
-
-
-def by_key(records: Iterable[Record]) -> dict[bytes, list[bytes]]:
-    found: dict[bytes, list[bytes]] = defaultdict(list)
-    for record in records:
-        found[record.key].append(record.value)
-    return dict(found)
-
-
-@pytest.fixture
-def topic(rig: Rig) -> str:
-    rig.log.ensure_topics([Topic(T, 3)], SECONDS)
-    return T
 
 
 def test_a_record_comes_back_as_it_was_sent(rig: Rig, topic: str) -> None:
@@ -203,17 +162,6 @@ def test_a_commit_never_moves_reading(rig: Rig) -> None:
     producer.close(SECONDS)
 
 
-def test_a_commit_does_not_fail_while_the_broker_is_away(rig: Rig, topic: str) -> None:
-    consumer = rig.log.consumer([topic], group="g")
-    assert consumer.poll(0.1) == []
-    rig.pause()
-    began = time.monotonic()
-    consumer.commit({TopicPartition(topic, 0): 0})
-    assert time.monotonic() - began < 0.1
-    rig.resume()
-    consumer.close()
-
-
 def test_topics_are_made_once(rig: Rig) -> None:
     rig.log.ensure_topics([Topic("one", 2), Topic("two", 1, compacted=True)], SECONDS)
     ids = rig.log.topic_ids(["one", "two"], SECONDS)
@@ -280,102 +228,6 @@ def test_what_is_closed_says_so(rig: Rig, topic: str) -> None:
     consumer.close()
     with pytest.raises(errors.FailedPrecondition):
         consumer.poll(0.1)
-
-
-def test_a_full_queue_refuses_at_once_and_keeps_what_it_has(rig: Rig, topic: str) -> None:
-    producer = rig.log.producer()
-    send(producer, [b"before"])
-    rig.pause()
-    began = time.monotonic()
-    futures = [producer.send(topic, b"k", b"%d" % n) for n in range(QUEUE + 1)]
-    assert time.monotonic() - began < 1.0
-    with pytest.raises(errors.ResourceExhausted) as full:
-        futures[-1].result(0)
-    assert full.value.retry_after > 0
-    assert not any(f.done() for f in futures[:-1])
-    rig.resume()
-    offsets = [f.result(SECONDS).offset for f in futures[:-1]]
-    assert offsets == list(range(1, QUEUE + 1))
-    producer.close(SECONDS)
-
-
-def test_a_record_is_given_up_at_its_deadline(rig: Rig, topic: str) -> None:
-    producer = rig.log.producer()
-    send(producer, [b"before"])
-    rig.pause()
-    began = time.monotonic()
-    with pytest.raises(errors.Unavailable, match=topic):
-        producer.send(topic, b"k", b"v").result(SECONDS)
-    assert DELIVERY_TIMEOUT <= time.monotonic() - began < DELIVERY_TIMEOUT + 5.0
-    rig.resume()
-    send(producer, [b"after"])
-    producer.close(SECONDS)
-
-
-def test_calls_that_need_the_broker_have_deadlines(rig: Rig, topic: str) -> None:
-    consumer = rig.log.consumer([topic], group="g")
-    consumer.poll(0.1)
-    rig.pause()
-    for call in (
-        lambda: rig.log.ensure_topics([Topic("x")], 0.3),
-        lambda: rig.log.topic_ids([topic], 0.3),
-        consumer.end_offsets,
-    ):
-        with pytest.raises(errors.Unavailable):
-            call()
-    assert consumer.poll(0.2) == []
-    rig.resume()
-    consumer.close()
-
-
-def test_a_broker_that_comes_back_with_its_log_is_no_loss(rig: Rig) -> None:
-    rig.log.ensure_topics([Topic(T, 1)], SECONDS)
-    producer, consumer, detector = rig.log.producer(), rig.log.consumer([T], group="g"), LossDetector()
-    assert not detector.seen(rig.log.topic_ids([T], SECONDS))
-    assert not detector.acked(producer.send(T, b"k", b"0").result(SECONDS))
-    read(consumer, 1)
-    rig.pause()
-    waiting = producer.send(T, b"k", b"1")
-    assert consumer.poll(0.5) == []
-    rig.resume()
-    assert not detector.acked(waiting.result(SECONDS))
-    assert not detector.seen(rig.log.topic_ids([T], SECONDS))
-    assert not detector.acked(producer.send(T, b"k", b"2").result(SECONDS))
-    values = [r.value for r in read_until(consumer, lambda got: any(r.value == b"2" for r in got))]
-    assert list(dict.fromkeys(values)) == [b"1", b"2"]
-    consumer.close()
-    producer.close(SECONDS)
-
-
-def test_a_lost_log_is_noticed_by_both_ends_and_both_go_on(rig: Rig) -> None:
-    rig.log.ensure_topics([Topic(T, 1)], SECONDS)
-    producer, consumer = rig.log.producer(), rig.log.consumer([T], group="g")
-    by_id, by_offset = LossDetector(), LossDetector()
-    by_id.seen(rig.log.topic_ids([T], SECONDS))
-    for n in range(5):
-        assert not by_offset.acked(producer.send(T, b"k", b"%d" % n).result(SECONDS))
-    read(consumer, 5)
-    ids = consumer.topic_ids()
-
-    rig.restart()
-    deadline = time.monotonic() + SECONDS
-    while not by_id.seen(rig.log.topic_ids([T], SECONDS)):  # for a moment the topic is not there
-        assert time.monotonic() < deadline
-    # Everything again, and more than there was: the end is past the consumer's old position.
-    again = [producer.send(T, b"k", b"%d" % n).result(SECONDS) for n in range(9)]
-    assert by_offset.acked(again[0])
-    assert not any(by_offset.acked(position) for position in again[1:])
-    got = read_until(consumer, lambda got: {r.value for r in got} == {b"%d" % n for n in range(9)})
-    assert consumer.topic_ids() != ids
-    firsts = list(dict.fromkeys(r.value for r in got if r.offset < 5))
-    assert firsts == [b"0", b"1", b"2", b"3", b"4"]
-
-    # Not once only.
-    rig.restart()
-    send(producer, [b"third life"])
-    assert read_until(consumer, bool)[-1].value == b"third life"
-    consumer.close()
-    producer.close(SECONDS)
 
 
 # The Kafka client's threads draw random numbers meanwhile, which looks to hypothesis as if the strategy did.
