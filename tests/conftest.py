@@ -6,8 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from tests.support import Process
+from thumbwheel import tracing
 
 # Tests have a time-out of their own. An example that takes long because the machine is busy is no failure.
 settings.register_profile("thumbwheel", deadline=None)
@@ -21,3 +25,12 @@ def processes() -> Iterator[list[Process]]:
     yield started
     for process in started:
         process.kill()
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    """The spans that this process has finished, in their order."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(tracing, "_tracer", provider.get_tracer("test"))
+    return exporter

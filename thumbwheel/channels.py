@@ -13,8 +13,9 @@ from typing import Generic, TypeVar
 
 import grpc
 import grpc.aio
+from opentelemetry.trace import SpanKind
 
-from thumbwheel import calls, errors
+from thumbwheel import calls, errors, tracing
 from thumbwheel.calls import MAX_MESSAGE_BYTES
 from thumbwheel.config import is_loopback, split_address
 from thumbwheel.tls import ClientTls
@@ -140,8 +141,10 @@ async def unary(
 ) -> Response:
     """One call that may be made twice, tried again where it failed for the moment. Raises our errors."""
     attempts = Attempts(timeout)
-    while True:
-        try:
-            return await method(request, timeout=attempts.left, metadata=metadata)
-        except grpc.aio.AioRpcError as error:
-            await attempts.again(error)
+    with tracing.span(type(request).__name__.removesuffix("Request"), kind=SpanKind.CLIENT):
+        metadata = (*metadata, *tracing.outgoing())
+        while True:
+            try:
+                return await method(request, timeout=attempts.left, metadata=metadata)
+            except grpc.aio.AioRpcError as error:
+                await attempts.again(error)

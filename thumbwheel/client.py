@@ -22,7 +22,7 @@ import grpc.aio
 import uuid_utils
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from thumbwheel import bulk, errors
+from thumbwheel import bulk, errors, tracing
 from thumbwheel.calls import TENANT_KEY
 from thumbwheel.channels import Attempts, Metadata, Pool, bearer, check_key, unary
 from thumbwheel.tls import ClientTls
@@ -161,8 +161,10 @@ class AsyncClient:
             prompt=to_prompt(prompt), sampling=sampling, user_id=user_id, version=version, consent=self._consent
         )
         attempts, begun = Attempts(self._timeout), False
+        # No span of its own: it would be the caller's current one between two pieces.
+        metadata = (*self._metadata, *tracing.outgoing())
         while True:
-            call = self._policy.stub.GenerateStream(request, timeout=attempts.left, metadata=self._metadata)
+            call = self._policy.stub.GenerateStream(request, timeout=attempts.left, metadata=metadata)
             try:
                 async for message in call:
                     begun = True

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, Self
+from urllib.parse import urlsplit
 
 from platformdirs import user_data_path
 from pydantic import AfterValidator, Field, ValidationError
@@ -43,6 +44,16 @@ def _checked_addresses(value: str) -> str:
 
 Address = Annotated[str, AfterValidator(_checked_addresses)]
 """An address as "host:port"."""
+
+
+def _checked_endpoint(value: str) -> str:
+    if value and urlsplit(value).scheme not in ("http", "https"):
+        raise ValueError(f"{value!r} is no URL, such as http://127.0.0.1:4317")
+    return value
+
+
+TraceEndpoint = Annotated[str, AfterValidator(_checked_endpoint)]
+"""A URL, or nothing; https encrypts."""
 
 
 class CommandSettings(BaseSettings):
@@ -94,6 +105,10 @@ class Settings(CommandSettings):
 
     topic_replication: int = Field(default=1, ge=1)
     """Replicas of a topic that is created because it is missing."""
+
+    trace_endpoint: TraceEndpoint = ""
+    """URL of the OpenTelemetry collector that spans are sent to by OTLP over gRPC, such as http://127.0.0.1:4317;
+    empty: nothing is traced."""
 
     @property
     def keys_path(self) -> Path:

@@ -24,7 +24,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import Counter, Gauge, Histogram
 
-from thumbwheel import calls, errors, telemetry
+from thumbwheel import calls, errors, telemetry, tracing
 from thumbwheel.access import Security, metadata
 from thumbwheel.calls import DEFAULT_TENANT, MAX_MESSAGE_BYTES
 from thumbwheel.calls import TENANT_KEY as TENANT_KEY  # what `tenant` reads
@@ -71,7 +71,7 @@ class _Call:
     """Guards, counts and times one call, and turns our exceptions into statuses with details. For `async with`."""
 
     # A class, and labels looked up once a method: of a short call, this is a good part.
-    __slots__ = ("_context", "_guard", "_method", "_started")
+    __slots__ = ("_context", "_guard", "_method", "_span", "_started")
 
     def __init__(self, method: str, context: grpc.aio.ServicerContext[Any, Any], security: Security) -> None:
         self._method = method
@@ -82,6 +82,7 @@ class _Call:
         _started(self._method).inc()
         IN_FLIGHT.inc()
         self._started = time.perf_counter()
+        self._span = tracing.begin_call(self._method, tracing.of_metadata(self._context.invocation_metadata()))
         try:
             self._guard.__enter__()
         except errors.ThumbwheelError as error:
@@ -117,7 +118,9 @@ class _Call:
         finally:
             IN_FLIGHT.dec()
             _handled(self._method, code.name).inc()
-            _handling(self._method).observe(time.perf_counter() - self._started)
+            _handling(self._method).observe(time.perf_counter() - self._started, tracing.exemplar())
+            if self._span is not None:
+                tracing.end_call(self._span, code.name)
 
 
 @functools.cache

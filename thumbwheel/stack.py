@@ -208,6 +208,7 @@ class Stack:
 
         create_keys(settings.keys_path)
         common = ["--home", str(settings.home), "--bootstrap-servers", at.kafka, "--log-level", settings.log_level]
+        common += ["--trace-endpoint", settings.trace_endpoint] if settings.trace_endpoint else []
 
         def where(part: str, address: str) -> list[str]:
             return [*common, "--listen", address, "--metrics-port", str(at.metrics_port(part))]

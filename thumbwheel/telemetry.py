@@ -1,18 +1,29 @@
-"""What a process tells operators: structured logs on standard error, and Prometheus metrics over HTTP."""
+"""What a process tells operators: structured logs on standard error, and Prometheus metrics over HTTP.
+
+A line of the log carries the tenant of the call it was written in, and the trace where that is sampled. It carries no
+prompt, response, comment or edit, whatever the level: ids lead to those, for people who may see them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from prometheus_client import Info, start_http_server
+from prometheus_client import REGISTRY, Info, start_http_server
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
-from thumbwheel import errors
+from thumbwheel import calls, errors, tracing
+from thumbwheel.config import Settings
+
+logger = logging.getLogger(__name__)
 
 _STANDARD = frozenset(logging.LogRecord("", 0, "", 0, "", (), None).__dict__) | {"message", "asctime", "taskName"}
 
@@ -35,10 +46,47 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        if (caller := calls.caller()) is not None:
+            line["tenant"] = caller.tenant
+        if trace_id := tracing.trace_id():
+            line["trace_id"] = trace_id
         line.update((key, value) for key, value in record.__dict__.items() if key not in _STANDARD)
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)
+
+
+class DiskCollector(Collector):
+    """The disk that a folder lies on, measured when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def describe(self) -> Iterable[GaugeMetricFamily]:
+        """The names, for registering without measuring."""
+        return (
+            GaugeMetricFamily("thumbwheel_disk_free_bytes", "Free space on the disk of this process's home."),
+            GaugeMetricFamily("thumbwheel_disk_size_bytes", "Size of that disk."),
+        )
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Both; nothing where the disk does not answer, so that the other metrics are still served."""
+        there = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
+        try:
+            usage = shutil.disk_usage(there)
+        except OSError as error:
+            logger.warning("disk not measured", extra={"path": str(there), "error": str(error)})
+            return
+        for family, value in zip(self.describe(), (usage.free, usage.total), strict=True):
+            family.add_metric([], value)
+            yield family
+
+
+def start(process: str, settings: Settings) -> None:
+    """Logs, traces and the disk's gauges, as the settings say: once, before anything else is done."""
+    setup_logging(process, settings.log_level)
+    tracing.start(process, settings.trace_endpoint)
+    REGISTRY.register(DiskCollector(settings.home))
 
 
 def setup_logging(process: str, level: str) -> None:
@@ -47,6 +95,8 @@ def setup_logging(process: str, level: str) -> None:
     handler.setFormatter(JsonFormatter(process))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("kafka").setLevel(logging.WARNING)
+    # An endpoint that is away is said every few seconds, with a traceback.
+    logging.getLogger("opentelemetry").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager

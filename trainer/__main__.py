@@ -96,7 +96,7 @@ def _run(stop: threading.Event) -> None:
             raise SystemExit(f"python -m trainer: {error}") from None
     else:
         parsed = TrainerSettings.from_command_line(prog="python -m trainer")
-        telemetry.setup_logging("trainer", parsed.log_level)
+        telemetry.start("trainer", parsed)
         runtime.before_imports()
         main(parsed, stop)
 

@@ -12,7 +12,7 @@ def main() -> None:
     from services.collector.service import collect
     from thumbwheel import serving, telemetry
 
-    telemetry.setup_logging("collector", settings.log_level)
+    telemetry.start("collector", settings)
     serving.run("collector", collect(settings))
 
 

@@ -27,7 +27,7 @@ from services.collector.rights.eraser import Eraser
 from services.collector.rights.redaction import Redaction
 from services.collector.rights.tenants import Tenants
 from services.collector.submission import Checker, check_id
-from thumbwheel import errors, serving
+from thumbwheel import errors, serving, tracing
 from thumbwheel.access import Security
 from thumbwheel.auth import ReceiptKey
 from thumbwheel.channels import Metadata, bearer, check_key, key_from_environment, open_channel
@@ -94,7 +94,7 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
 
     async def SubmitFeedback(self, request: SubmitFeedbackRequest, context: Context) -> SubmitFeedbackResponse:
         """Returns when the feedback is durable."""
-        return await self._submit(request.feedback, _tenant(context), _traceparent(context))
+        return await self._submit(request.feedback, _tenant(context), tracing.traceparent())
 
     async def SubmitFeedbackBatch(
         self, request: SubmitFeedbackBatchRequest, context: Context
@@ -106,7 +106,7 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
                     f"holds {len(request.feedback)} pieces.", field="feedback", remedy=f"Send {MAX_BATCH} at a time."
                 )
             tenant = _tenant(context)
-        return SubmitFeedbackBatchResponse(results=await self._each(request.feedback, tenant, _traceparent(context)))
+        return SubmitFeedbackBatchResponse(results=await self._each(request.feedback, tenant, tracing.traceparent()))
 
     async def StreamFeedback(
         self, request_iterator: AsyncIterator[StreamFeedbackRequest], context: Context
@@ -114,7 +114,7 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
         """Records what comes in, some at a time; returns when everything that was not refused is durable."""
         with _counted():
             tenant = _tenant(context)
-        traceparent = _traceparent(context)
+        traceparent = tracing.traceparent()
         results: list[FeedbackResult] = []
         waiting: list[Feedback] = []
         async for request in request_iterator:
@@ -144,7 +144,7 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
                     feedback_id=request.feedback_id,
                     user_id=request.user_id,
                     tenant=_tenant(context),
-                    traceparent=_traceparent(context),
+                    traceparent=tracing.traceparent(),
                 )
             )
         if recorded.changed:
@@ -251,14 +251,6 @@ def _tenant(context: Context) -> str:
     tenant = serving.tenant(context)
     check_id(tenant, serving.TENANT_KEY)
     return tenant
-
-
-def _traceparent(context: Context) -> str:
-    """The caller's trace, to be handed on with what is published. Anything too long to be one is left out."""
-    for key, value in context.invocation_metadata() or ():
-        if key == "traceparent" and isinstance(value, str) and len(value) <= 128:
-            return value
-    return ""
 
 
 @contextlib.asynccontextmanager

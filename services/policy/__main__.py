@@ -49,5 +49,5 @@ async def main(settings: PolicySettings) -> None:
 
 if __name__ == "__main__":
     parsed = PolicySettings.from_command_line(prog="python -m services.policy")
-    telemetry.setup_logging("policy", parsed.log_level)
+    telemetry.start("policy", parsed)
     serving.run("policy", main(parsed))

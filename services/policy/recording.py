@@ -21,9 +21,9 @@ from typing import TypeVar
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.policy.spool import Entry, Row, Spool
-from thumbwheel import errors
+from thumbwheel import errors, tracing
 from thumbwheel.stream import topics
-from thumbwheel.stream.log import Log, LossDetector, Position, Producer
+from thumbwheel.stream.log import Headers, Log, LossDetector, Position, Producer
 from thumbwheel.v1.events_pb2 import GenerationEvent
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,9 @@ _SCHEMA = GenerationEvent.DESCRIPTOR.full_name.encode()
 
 T = TypeVar("T")
 
+_Recorded = tuple[GenerationEvent, str]
+"""An event, and the traceparent of the call that it came of."""
+
 
 class Recorder:
     """Sends generation events through `spool`. `keep` and `send` are background tasks; `close` comes after them."""
@@ -55,7 +58,7 @@ class Recorder:
     def __init__(self, log: Log, spool: Spool) -> None:
         self._log, self._spool = log, spool
         self._disk = futures.ThreadPoolExecutor(1, "spool")
-        self._memory: deque[GenerationEvent] = deque()
+        self._memory: deque[_Recorded] = deque()
         self._in_hand = 0  # taken from memory, not on disk yet
         self._arrived, self._kept, self._idle = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._producer: Producer | None = None
@@ -68,7 +71,7 @@ class Recorder:
         if len(self._memory) >= _IN_MEMORY:
             self._memory.popleft()
             self._dropped(1, "neither disk nor broker keeps up")
-        self._memory.append(event)
+        self._memory.append((event, tracing.traceparent()))
         self._idle.clear()
         self._arrived.set()
 
@@ -128,7 +131,7 @@ class Recorder:
     def _waiting(self) -> int:
         return len(self._memory) + self._in_hand + self._spool.waiting
 
-    async def _keep(self, events: Sequence[GenerationEvent]) -> None:
+    async def _keep(self, events: Sequence[_Recorded]) -> None:
         self._in_hand = len(events)
         try:
             with APPEND_SECONDS.time():
@@ -141,16 +144,12 @@ class Recorder:
             self._levels()
             self._kept.set()
 
-    def _append(self, events: Sequence[GenerationEvent]) -> int:
-        return self._spool.append(
-            [Entry(event.event_id, event.generation.prompt_id.encode(), event.SerializeToString()) for event in events]
-        )
+    def _append(self, events: Sequence[_Recorded]) -> int:
+        return self._spool.append([_entry(*event) for event in events])
 
-    async def _send_unkept(self, events: Sequence[GenerationEvent]) -> None:
+    async def _send_unkept(self, events: Sequence[_Recorded]) -> None:
         """The disk does not take them: straight to the broker, and back to memory where that fails too."""
-        rows = [
-            Row(0, event.event_id, event.generation.prompt_id.encode(), event.SerializeToString()) for event in events
-        ]
+        rows = [Row(0, *_entry(*event)) for event in events]
         results: Sequence[object] = await self._sent(rows) if self._producer is not None else [None] * len(rows)
         again = [event for event, result in zip(events, results, strict=True) if not isinstance(result, Position)]
         RECORDED.labels("acked").inc(len(events) - len(again))
@@ -230,15 +229,19 @@ class Recorder:
             self._idle.set()
 
 
+def _entry(event: GenerationEvent, traceparent: str) -> Entry:
+    return Entry(event.event_id, event.generation.prompt_id.encode(), event.SerializeToString(), traceparent)
+
+
 def _send_all(producer: Producer, rows: Sequence[Row]) -> list[Position | errors.ThumbwheelError]:
-    sent = [
-        producer.send(
-            topics.GENERATIONS, row.key, row.value, (("schema", _SCHEMA), ("event_id", row.event_id.encode()))
-        )
-        for row in rows
-    ]
+    sent = [producer.send(topics.GENERATIONS, row.key, row.value, _headers(row)) for row in rows]
     futures.wait(sent, _ACK_TIMEOUT)
     return [_outcome(future) for future in sent]
+
+
+def _headers(row: Row) -> Headers:
+    headers = (("schema", _SCHEMA), ("event_id", row.event_id.encode()))
+    return (*headers, *tracing.as_headers(row.traceparent))
 
 
 def _outcome(future: futures.Future[Position]) -> Position | errors.ThumbwheelError:

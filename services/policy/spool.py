@@ -26,7 +26,8 @@ CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY,
     event_id TEXT NOT NULL,
     key BLOB NOT NULL,
-    value BLOB NOT NULL
+    value BLOB NOT NULL,
+    traceparent TEXT NOT NULL DEFAULT ''
 );
 CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
@@ -41,6 +42,7 @@ class Entry(NamedTuple):
     event_id: str
     key: bytes
     value: bytes
+    traceparent: str = ""
 
 
 class Row(NamedTuple):
@@ -50,6 +52,7 @@ class Row(NamedTuple):
     event_id: str
     key: bytes
     value: bytes
+    traceparent: str = ""
 
 
 class Spool:
@@ -87,7 +90,8 @@ class Spool:
         first, last = self._first, self._last + len(entries)
         with self._faults(), self._connection:
             rows = zip(range(self._last + 1, last + 1), *zip(*entries, strict=True), strict=True)
-            self._connection.executemany("INSERT INTO events (id, event_id, key, value) VALUES (?, ?, ?, ?)", rows)
+            insert = "INSERT INTO events (id, event_id, key, value, traceparent) VALUES (?, ?, ?, ?, ?)"
+            self._connection.executemany(insert, rows)
             while size > self._limit:
                 oldest = self._connection.execute(
                     "SELECT length(key), length(value) FROM events WHERE id >= ? ORDER BY id LIMIT ?",
@@ -109,8 +113,9 @@ class Spool:
     def read(self, limit: int) -> list[Row]:
         """The oldest events that the broker has not acknowledged."""
         with self._faults():
+            columns = ", ".join(Row._fields)
             rows = self._connection.execute(
-                "SELECT id, event_id, key, value FROM events WHERE id > ? ORDER BY id LIMIT ?", (self._acked, limit)
+                f"SELECT {columns} FROM events WHERE id > ? ORDER BY id LIMIT ?", (self._acked, limit)
             )
             return [Row(*row) for row in rows]
 
@@ -155,6 +160,8 @@ class Spool:
             with connection:
                 for statement in _SCHEMA.split(";"):
                     connection.execute(statement)
+                if "traceparent" not in {row[1] for row in connection.execute("PRAGMA table_info(events)")}:
+                    connection.execute("ALTER TABLE events ADD COLUMN traceparent TEXT NOT NULL DEFAULT ''")
                 connection.execute(f"PRAGMA user_version = {_FORMAT}")
         except sqlite3.Error as error:
             connection.close()

@@ -28,5 +28,5 @@ async def main(settings: RewardSettings) -> None:
 
 if __name__ == "__main__":
     parsed = RewardSettings.from_command_line(prog="python -m services.reward")
-    telemetry.setup_logging("reward", parsed.log_level)
+    telemetry.start("reward", parsed)
     serving.run("reward", main(parsed))

@@ -10,12 +10,13 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
+from opentelemetry import trace
 
 from services.policy import recording
 from services.policy.recording import Recorder
 from services.policy.spool import Entry, Spool
 from tests.support import until
-from thumbwheel import errors
+from thumbwheel import errors, tracing
 from thumbwheel.stream import topics
 from thumbwheel.stream.log import Headers, Position
 from thumbwheel.stream.memory import MemoryLog, MemoryProducer
@@ -77,6 +78,15 @@ async def test_events_arrive_in_order_with_their_headers(log: MemoryLog, tmp_pat
     assert first.key == b"p"
     assert first.headers == (("schema", b"thumbwheel.v1.GenerationEvent"), ("event_id", b"e0"))
     assert GenerationEvent.FromString(first.value) == _event(0)
+
+
+async def test_an_event_carries_the_trace_of_the_call_it_came_of(log: MemoryLog, tmp_path: Path) -> None:
+    carried = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    async with running(log, _spool(tmp_path)) as recorder:
+        with trace.use_span(tracing.begin_call("/a.B/C", carried) or trace.INVALID_SPAN):
+            recorder.record(_event(0))
+        await recorder.flush(timeout=10)
+        assert log.records(topics.GENERATIONS)[0].headers[-1] == ("traceparent", carried.encode())
 
 
 async def test_an_outage_is_waited_out_on_disk_also_through_a_restart(log: MemoryLog, tmp_path: Path) -> None:

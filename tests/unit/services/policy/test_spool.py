@@ -39,6 +39,23 @@ def test_events_come_out_in_order_until_acknowledged(tmp_path: Path) -> None:
     spool.close()
 
 
+def test_an_event_keeps_its_trace_and_a_file_of_before_traces_is_taken_over(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "s.db") as old:
+        old.execute(
+            "CREATE TABLE events (id INTEGER PRIMARY KEY, event_id TEXT NOT NULL, key BLOB NOT NULL, "
+            "value BLOB NOT NULL)"
+        )
+        old.execute("INSERT INTO events VALUES (1, 'e1', x'00', x'00')")
+        old.execute("PRAGMA user_version = 1")
+    old.close()
+    for _ in range(2):
+        spool = Spool(tmp_path / "s.db", limit=10**6)
+        spool.append([Entry("e2", b"key", b"v", "00-ab")])
+        found = [(row.event_id, row.traceparent) for row in spool.read(2)]
+        spool.close()
+    assert found == [("e1", ""), ("e2", "00-ab")]
+
+
 def test_the_oldest_go_first_and_only_unsent_ones_count(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "s.db", limit=4 * SIZE)
     assert spool.append(_entries(1, 4)) == 0
