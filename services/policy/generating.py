@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import struct
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,38 +141,47 @@ class Generating:
         self, asked: Asked, index: int, *, stream: bool, coalesce: float = 0.0
     ) -> AsyncIterator[pb.GenerationDelta | pb.Generation]:
         """Deltas as they come, at most one in `coalesce` seconds, then the finished generation."""
-        import vllm
         from vllm.exceptions import VLLMClientError
+        from vllm.inputs import tokens_input
 
         generation = pb.Generation(
             generation_id=str(uuid_utils.uuid7()), prompt_id=asked.prompt_id, prompt_tokens=len(asked.prompt_ids)
         )
-        top = asked.params.top_logprobs
+        # Plain lists until the end: this runs for each token of each stream, and fields of messages are slow.
+        texts: list[str] = []
+        ids: list[int] = []
+        logprobs: list[float] = []
+        likeliest: list[pb.TokenLogprobs] = []
         try:
             async for output in self.engine.llm.generate(
-                vllm.TokensPrompt(prompt_token_ids=list(asked.prompt_ids)),
+                tokens_input(list(asked.prompt_ids)),  # not to be tokenized, so no thread of vLLM's is asked
                 sampling.to_vllm(asked.params, stream=stream, seed_offset=index),
                 generation.generation_id,
                 priority=BULK if asked.bulk else PEOPLE,
             ):
                 completion = output.outputs[0]
-                delta = _delta(completion, top)
-                generation.text += delta.text
-                generation.token_ids.extend(delta.token_ids)
-                generation.logprobs.extend(delta.logprobs)
-                generation.top_logprobs.extend(delta.top_logprobs)
+                text, new_ids = completion.text, completion.token_ids
+                new_logprobs, new_likeliest = _logprobs(completion, asked.params.top_logprobs)
+                texts.append(text)
+                ids.extend(new_ids)
+                logprobs.extend(new_logprobs)
+                likeliest.extend(new_likeliest)
+                if stream and (new_ids or text):
+                    yield pb.GenerationDelta(
+                        text=text, token_ids=new_ids, logprobs=new_logprobs, top_logprobs=new_likeliest
+                    )
                 if completion.finish_reason is not None:
-                    if stream and (delta.token_ids or delta.text):
-                        yield delta
+                    generation.text = "".join(texts)
+                    generation.token_ids.extend(ids)
+                    generation.logprobs.extend(logprobs)
+                    generation.top_logprobs.extend(likeliest)
                     _add_prompt_logprobs(generation, asked, output.prompt_logprobs)
                     self._finish(asked, index, generation, completion)
                     yield generation
                     return
-                if stream and (delta.token_ids or delta.text):
-                    yield delta
-                    if coalesce:
-                        # Meanwhile vLLM puts together what it has for us.
-                        await asyncio.sleep(coalesce)
+                if coalesce and stream:
+                    # Meanwhile vLLM puts together what it has for us.
+                    await asyncio.sleep(coalesce)
         except VLLMClientError as error:
             raise sampling.refused(error, asked.params) from error
 
@@ -214,16 +224,15 @@ class Generating:
         self._recorder.record(event)
 
 
-def _delta(completion: Any, top: int) -> pb.GenerationDelta:
-    """What a step brought: its text, its tokens, their log-probabilities, and the `top` likeliest of each place."""
-    ids = list(completion.token_ids)
-    steps = completion.logprobs or ()
-    return pb.GenerationDelta(
-        text=completion.text,
-        token_ids=ids,
-        logprobs=[step[token].logprob for token, step in zip(ids, steps, strict=True)],
-        top_logprobs=[_likeliest(step, top) for step in steps] if top else (),
-    )
+def _logprobs(completion: Any, top: int) -> tuple[Sequence[float], Sequence[pb.TokenLogprobs]]:
+    """Log-probabilities of the tokens that a step brought, and the `top` likeliest of each place."""
+    steps = completion.logprobs
+    if not steps:
+        return (), ()
+    if not top:
+        return steps.logprobs, ()  # vLLM's flat form: with none but the sampled token's, one a token
+    sampled = [step[token].logprob for token, step in zip(completion.token_ids, steps, strict=True)]
+    return sampled, [_likeliest(step, top) for step in steps]
 
 
 def _likeliest(step: Mapping[int, Any], top: int) -> pb.TokenLogprobs:
@@ -231,16 +240,17 @@ def _likeliest(step: Mapping[int, Any], top: int) -> pb.TokenLogprobs:
     return pb.TokenLogprobs(token_ids=[token for token, _ in ranked], logprobs=[one.logprob for _, one in ranked])
 
 
-def _add_prompt_logprobs(generation: pb.Generation, asked: Asked, steps: Sequence[Mapping[int, Any] | None]) -> None:
+def _add_prompt_logprobs(generation: pb.Generation, asked: Asked, steps: Sequence[Mapping[int, Any]]) -> None:
     if not asked.params.HasField("prompt_logprobs"):
         return
     top = asked.params.prompt_logprobs
     for token, step in zip(asked.prompt_ids, steps, strict=True):
-        generation.prompt_logprobs.append(0.0 if step is None else step[token].logprob)
+        # Of the first token nothing is known: nothing comes before it.
+        generation.prompt_logprobs.append(step[token].logprob if step else 0.0)
         if top:
-            generation.prompt_top_logprobs.append(pb.TokenLogprobs() if step is None else _likeliest(step, top))
+            generation.prompt_top_logprobs.append(_likeliest(step, top) if step else pb.TokenLogprobs())
 
 
 def prompt_sha256(ids: Sequence[int]) -> bytes:
     """SHA-256 of a prompt as the model saw it: its token ids as little-endian uint32."""
-    return hashlib.sha256(b"".join(token.to_bytes(4, "little") for token in ids)).digest()
+    return hashlib.sha256(struct.pack(f"<{len(ids)}I", *ids)).digest()

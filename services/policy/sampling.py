@@ -145,6 +145,7 @@ def to_vllm(params: SamplingParams, *, stream: bool, seed_offset: int = 0) -> An
         repetition_penalty=params.repetition_penalty,
         ignore_eos=params.ignore_eos,
         logprobs=params.top_logprobs,  # the sampled token's own is always among them
+        flat_logprobs=True,  # lists of numbers instead of an object a token
         prompt_logprobs=params.prompt_logprobs if params.HasField("prompt_logprobs") else None,
         bad_words=list(params.bad_words) or None,
         structured_outputs=form,

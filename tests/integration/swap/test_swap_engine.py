@@ -1,4 +1,7 @@
-"""Swaps of a real engine: what a probe computes, and that after whatever fails the old weights are back to the bit."""
+"""Swaps of a real engine: what a probe computes, and that after whatever fails the old weights are back to the bit.
+
+And, since the engine is there: that a call which its client cancels makes room at once.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,26 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import grpc.aio
 import pytest
 import pytest_asyncio
 
+from services.admission import Admission
 from services.config import EngineSettings
 from services.engine import Engine
+from services.policy.bulk import Bulk
+from services.policy.generating import Generating, Limits
+from services.policy.service import PolicyService
+from services.prompts import PromptEncoder
 from tests.support import Deployment, make_tiny_llama, probe_of
+from thumbwheel.auth import ReceiptKey
 from thumbwheel.checkpoints.store import VerifiedVersion
+from thumbwheel.v1 import policy_pb2 as pb
 from thumbwheel.v1.policy_pb2 import SwapOutcome
+from thumbwheel.v1.policy_pb2_grpc import PolicyServiceStub, add_PolicyServiceServicer_to_server
 from thumbwheel.v1.rollout_pb2 import ModelRole, Probe
 
 pytestmark = [
@@ -25,6 +38,8 @@ pytestmark = [
 ]
 POLICY, REWARD = ModelRole.MODEL_ROLE_POLICY, ModelRole.MODEL_ROLE_REWARD
 LIVE, ROLLED_BACK = SwapOutcome.SWAP_OUTCOME_LIVE, SwapOutcome.SWAP_OUTCOME_ROLLED_BACK
+
+SLOTS = 8
 
 Answers = list[tuple[list[int], list[float]]]
 
@@ -76,7 +91,7 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
     versions = publish(Deployment(home), tmp_path_factory.mktemp("models"), POLICY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-        engine = await Engine.start(versions[0], EngineSettings(home=home), pooling=False)
+        engine = await Engine.start(versions[0], EngineSettings(home=home, max_num_seqs=SLOTS), pooling=False)
         yield World(engine, versions)
         await engine.close()
 
@@ -221,6 +236,69 @@ async def test_what_becomes_of_requests_in_flight_is_as_the_mode_says(world: Wor
         else:
             assert output.finish_reason == "length"
             assert len(output.token_ids) == length
+
+
+async def test_a_cancelled_call_frees_its_slot_within_one_step(world: World) -> None:
+    """All slots are taken, and one more call waits. Of two calls over gRPC, one is cancelled: at the next step that is
+    put together, the other has its place. Steps are counted by the tokens of a request that goes on throughout.
+    """
+    encoder, version = PromptEncoder(world.versions[0].path), world.versions[0]
+    generating = Generating(
+        engine=world.engine,
+        encoder=encoder,
+        recorder=SimpleNamespace(record=lambda event: None),  # type: ignore[arg-type]  # nobody reads it here
+        key=ReceiptKey.load(version.path.parents[1] / "keys"),
+        limits=Limits(2048, 1900),
+    )
+    admission = Admission(slots=SLOTS, most=64, max_wait=60.0)
+    service = PolicyService(generating, admission, Bulk(generating, slots=2, people=lambda: 0), coalesce=0.0)
+    server = grpc.aio.server()
+    add_PolicyServiceServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    steps, stepped = 0, asyncio.Event()
+
+    async def companion(number: int) -> None:
+        nonlocal steps
+        import vllm
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = vllm.SamplingParams(ignore_eos=True, max_tokens=1900, output_kind=RequestOutputKind.DELTA)
+        prompt = vllm.TokensPrompt(prompt_token_ids=[5, number])
+        async for output in world.engine.llm.generate(prompt, sampling, f"companion-{number}"):
+            if number == 0:
+                steps += len(output.outputs[0].token_ids)
+                stepped.set()
+
+    companions = [asyncio.create_task(companion(number)) for number in range(SLOTS - 1)]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub: Any = PolicyServiceStub(channel)
+        sampling = pb.SamplingParams(max_tokens=1900, ignore_eos=True)
+        request = pb.GenerateStreamRequest(prompt=pb.Prompt(text="Go on"), sampling=sampling)
+        taken = []
+        await stepped.wait()
+        for _ in range(4):
+            leaving = stub.GenerateStream(request, timeout=60)
+            assert (await leaving.read()).delta.token_ids
+            waiting = stub.GenerateStream(request, timeout=60)
+            first = asyncio.ensure_future(waiting.read())
+            seen = steps
+            while steps < seen + 10:
+                stepped.clear()
+                await stepped.wait()
+            assert not first.done()  # there is no room
+            seen = steps
+            leaving.cancel()
+            assert (await first).delta.token_ids
+            taken.append(steps - seen)
+            waiting.cancel()
+        print(f"steps from the cancelled call to the first token of the one that waited: {taken}")
+        # The step that was under way, the one that vLLM puts together ahead of it, and that of the first token.
+        assert sorted(taken)[1] <= 3
+    for task in companions:
+        task.cancel()
+    await asyncio.wait(companions)
+    await server.stop(0)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
