@@ -77,6 +77,10 @@ lock: setup ## Resolve the pinned set anew; ARGS=--upgrade takes the newest
 faults-swap: setup ## Swap a thousand versions under load, many of them sabotaged
 	@$(BIN)/python -m tests.faults.swaps $(ARGS)
 
+.PHONY: faults-restarts
+faults-restarts: setup ## Restart two replicas of the policy in turns, under load
+	@$(BIN)/python -m tests.faults.restarts $(ARGS)
+
 .PHONY: bench-%
 bench-%: setup ## Run bench/%.py
 	@test -f bench/$*.py || { echo "there is no bench/$*.py" >&2; exit 1; }
