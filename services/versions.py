@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Collection
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Histogram
 
 from services.engine import Engine
 from services.swap import step
-from thumbwheel import errors
+from thumbwheel import errors, tracing
 from thumbwheel.checkpoints.held import HeldVersions
 from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion
 from thumbwheel.stream import deadletter, topics
@@ -27,6 +28,12 @@ from thumbwheel.v1.rollout_pb2 import ModelRole, VersionState
 logger = logging.getLogger(__name__)
 
 REFUSED = Counter("thumbwheel_versions_refused_total", "Announced versions that did not verify.")
+CLICK_TO_LIVE = Histogram(
+    "thumbwheel_click_to_live_seconds",
+    "Time from the commit of feedback until this server has served a version that learnt from it.",
+    ["role"],
+    buckets=(1, 5, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 43200),
+)
 DEFERRED = Counter("thumbwheel_versions_deferred_total", "Tries of announced versions that could not be had then.")
 
 FIRST_RETRY_SECONDS = 0.5
@@ -72,6 +79,8 @@ class Follower:
         self._fetch_seconds = fetch_seconds
         self._standing: dict[str, VersionEvent] = {}
         self._settled: set[str] = set()
+        self._traces: dict[str, str] = {}
+        self._learnt_at: dict[int, list[float]] = {}  # by sequence, of what is not live yet
         self._changed = asyncio.Event()
 
     async def run(self) -> None:
@@ -95,10 +104,17 @@ class Follower:
                         await deadletter.bury(producer, record, reason=str(error), consumer=self._process)
                         continue
                     if event.role == self._role:
-                        self._standing[event.version] = event
+                        self._note(event, tracing.of_record(record.headers))
                 self._changed.set()
         finally:
             await asyncio.to_thread(producer.close, 5.0)
+
+    def _note(self, event: VersionEvent, traceparent: str) -> None:
+        self._standing[event.version] = event
+        if traceparent:
+            self._traces[event.event_id] = traceparent
+        if event.learnt_received_at and event.sequence > self._engine.live.manifest.sequence:
+            self._learnt_at[event.sequence] = [at.ToMicroseconds() / 1e6 for at in event.learnt_received_at]
 
     async def _act(self) -> None:
         """Takes on what is wanted. What cannot be had now is passed over and tried again, sooner if there is news."""
@@ -110,7 +126,10 @@ class Follower:
             try:
                 while (event := self.wanted(without=away)) is not None:
                     try:
-                        await self._go_live(event)
+                        with tracing.span(
+                            "version", parent=self._traces.get(event.event_id, ""), version=event.version
+                        ):
+                            await self._go_live(event)
                     except (errors.Unavailable, errors.DeadlineExceeded, errors.NoSpace) as error:
                         away.add(event.event_id)
                         self._defer(error)
@@ -172,10 +191,19 @@ class Follower:
         if self._standing[event.version] is not event:
             return  # there was news of it meanwhile
         swap = await self._engine.swap(target)
+        if swap.outcome == SwapOutcome.SWAP_OUTCOME_LIVE:
+            self._learnt_is_live(event.sequence)
         if swap.outcome == SwapOutcome.SWAP_OUTCOME_SUPERSEDED:
             self._settled.add(event.event_id)
         if swap.outcome in (SwapOutcome.SWAP_OUTCOME_REFUSED, SwapOutcome.SWAP_OUTCOME_ROLLED_BACK):
             self._refuse(event, swap.error)
+
+    def _learnt_is_live(self, sequence: int) -> None:
+        """What older versions learnt is live too: each version goes on from the one before."""
+        role = ModelRole.Name(self._role).removeprefix("MODEL_ROLE_").lower()
+        for older in [one for one in self._learnt_at if one <= sequence]:
+            for at in self._learnt_at.pop(older):
+                CLICK_TO_LIVE.labels(role).observe(max(0.0, time.time() - at), tracing.exemplar())
 
     def _refuse(self, event: VersionEvent, why: str) -> None:
         self._settled.add(event.event_id)

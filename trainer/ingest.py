@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import math
 import time
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from thumbwheel import errors
+from thumbwheel import errors, tracing
 from thumbwheel.stream import deadletter, topics
 from thumbwheel.stream.log import Log, Producer, Record, TopicPartition
 from thumbwheel.v1.events_pb2 import ComparedResponse, ComparisonEvent, ComparisonState
@@ -134,7 +135,7 @@ class Ingest:
         for record in self._consumer.poll(timeout):
             try:
                 event = deadletter.decode(ComparisonEvent, record)
-                if self._take(event, buffer):
+                if self._take(event, buffer, tracing.of_record(record.headers)):
                     retracted.append(event.comparison_id)
             except errors.InvalidArgument as error:
                 self._bury(record, str(error))
@@ -157,7 +158,7 @@ class Ingest:
         """Lets go of the broker."""
         self._consumer.close()
 
-    def _take(self, event: ComparisonEvent, buffer: Buffer) -> bool:
+    def _take(self, event: ComparisonEvent, buffer: Buffer, traceparent: str) -> bool:
         """Buffers or retracts. True for a sample that was learnt and is now retracted."""
         _require_id(event.comparison_id)
         if event.state == ComparisonState.COMPARISON_STATE_RETRACTED:
@@ -171,7 +172,10 @@ class Ingest:
         if event.comparison_id in buffer:
             metrics.DUPLICATES.labels(self._task).inc()
         else:
-            buffer.add(self._encoder.encode(event), time.monotonic())
+            sample = dataclasses.replace(self._encoder.encode(event), traceparent=traceparent)
+            buffer.add(sample, time.monotonic())
+            if traceparent:
+                tracing.record("trainer.ingest", parent=traceparent, began=time.time(), task=self._task)
         return False
 
     def _bury(self, record: Record, reason: str) -> None:

@@ -15,6 +15,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
+from thumbwheel import tracing
 from trainer import progress, runtime
 from trainer.task import Task
 
@@ -43,8 +44,10 @@ def run(tasks: Sequence[Task], stop: threading.Event, ready: Callable[[bool], No
 def turn(task: Task) -> None:
     """A round of one task. The order of the last three is what makes every sample count once."""
     samples = task.batch()
-    with progress.line(task.name) as on_step:
-        measured = task.learn(samples, on_step)
-    task.checkpoint(samples, measured)  # 1
-    task.publish()  # 2
-    task.commit()  # 3
+    learnt = [sample.traceparent for sample in samples]
+    with tracing.span("trainer.round", links=learnt, task=task.name, samples=len(samples)):
+        with progress.line(task.name) as on_step:
+            measured = task.learn(samples, on_step)
+        task.checkpoint(samples, measured)  # 1
+        task.publish()  # 2
+        task.commit()  # 3

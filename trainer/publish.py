@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from importlib.metadata import version as package_version
@@ -15,7 +16,7 @@ from typing import Any
 
 from uuid_utils import uuid7
 
-from thumbwheel import errors
+from thumbwheel import errors, tracing
 from thumbwheel.auth import ManifestSigner
 from thumbwheel.checkpoints import delta
 from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion, version_name
@@ -32,6 +33,9 @@ SAMPLES = "samples.txt"
 
 PROBE_PROMPT = "Question: What is the capital of France?\nAnswer:"
 PROBE_CONTINUATION = " The capital of France is Paris."
+
+MOST_TIMES = 256
+"""Samples of a version whose times an announcement tells."""
 
 MOST_CHANGED = 0.5
 """Share of the weights above which no delta is written."""
@@ -62,13 +66,18 @@ class Publisher:
             )
         return version
 
-    def announce(self, version: VerifiedVersion) -> bool:
+    def announce(self, version: VerifiedVersion, learnt: Sequence[float] = ()) -> bool:
         """3. Says on the stream that the version is there, and waits until the broker has it. While the broker is away
         it tries again, with a warning each time. False where the process was asked to stop meanwhile: that version is
-        announced again at the next start.
+        announced again at the next start. `learnt` says when each of its samples was committed, in seconds since the
+        epoch; 0 where that is not known.
         """
         event = version_event(version)
-        headers = (("schema", event.DESCRIPTOR.full_name.encode()), ("event_id", event.event_id.encode()))
+        known = [at for at in learnt if at]
+        for at in known[:: math.ceil(len(known) / MOST_TIMES) or 1]:
+            event.learnt_received_at.add().FromMicroseconds(round(at * 1e6))
+        schema = event.DESCRIPTOR.full_name.encode()
+        headers = (("schema", schema), ("event_id", event.event_id.encode()), *tracing.headers())
         delay, began = _FIRST_RETRY_SECONDS, time.monotonic()
         while not self._stop.is_set():
             try:

@@ -34,6 +34,9 @@ class _Sample:
     versions: tuple[str, ...] = ()
     """The policy versions that wrote the responses; none where people did."""
 
+    traceparent: str = ""
+    """The trace of the call that its last vote came with; empty where it was not traced."""
+
     @property
     def responses(self) -> tuple[Tokens, ...]:
         """Its responses, in the order of its fields."""

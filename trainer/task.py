@@ -12,15 +12,15 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf import json_format
 
-from thumbwheel import errors, files
+from thumbwheel import errors, files, tracing
 from thumbwheel.auth import ManifestSigner
 from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion, version_name
 from thumbwheel.stream.log import Log, Producer, TopicPartition
@@ -100,6 +100,7 @@ class Task:
         )
         self._retracted: list[str] = []
         self._learnt: Sequence[Sample] = ()
+        self._began = 0.0
         self._learner: Learner | None = None
         self._folder = self._checkpoints.newest()
         self._state, self._buffer = self._load(self._folder) if self._folder else self._begin()
@@ -144,6 +145,7 @@ class Task:
 
         stop, settings = self._shared.stop.is_set, self._shared.settings
         reference: Any = {}
+        self._began = time.time()
         logger.info("round begins", extra={"task": self.name, "round": self._state.round + 1, "samples": len(samples)})
         if self._objective.needs_reference:
             with self._phase("reference"):
@@ -205,11 +207,21 @@ class Task:
             version = self._publisher.publish(manifest, lambda folder: self._write(folder, manifest.parent))
             if not self._resident:
                 self._release()
-            announced = self._publisher.announce(version)
+            announced = self._publisher.announce(version, [sample.received_at for sample in self._learnt])
+            within = tracing.traceparent()
         if announced:
             for sample in self._learnt:
                 if sample.received_at:
                     metrics.FEEDBACK_TO_PUBLISH.labels(self.name).observe(max(0.0, time.time() - sample.received_at))
+                # So that the trace of a click ends with the version that learnt from it, and leads on to its own.
+                tracing.record(
+                    "trainer.learnt",
+                    parent=sample.traceparent,
+                    began=self._began,
+                    links=[within],
+                    task=self.name,
+                    version=manifest.version,
+                )
         self._learnt = ()
 
     def commit(self) -> None:
@@ -322,9 +334,10 @@ class Task:
         logger.info("step", extra={"task": self.name, **progress.fields(report)})
         on_step(report)
 
-    def _phase(self, phase: str) -> AbstractContextManager[object, None]:
-        timer: AbstractContextManager[object, None] = metrics.PHASE.labels(self.name, phase).time()
-        return timer
+    @contextmanager
+    def _phase(self, phase: str) -> Iterator[None]:
+        with tracing.span(f"trainer.{phase}", task=self.name), metrics.PHASE.labels(self.name, phase).time():
+            yield
 
 
 def _objective(name: TaskName, settings: TrainerSettings) -> Mixture:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,7 @@ from services.collector.records import Recorded
 from services.collector.rights import admission
 from services.collector.rights.tenants import Tenants
 from services.collector.submission import check_id
-from thumbwheel import errors
+from thumbwheel import errors, tracing
 from thumbwheel.stream import aio, deadletter, topics
 from thumbwheel.stream.log import Consumer, Log, Record, TopicPartition
 from thumbwheel.v1.events_pb2 import DeadLetter, GenerationEvent, Header
@@ -47,6 +48,8 @@ class Batch:
     dead: Sequence[DeadLetter]
     positions: Mapping[TopicPartition, int]
     topic_ids: Mapping[str, str]
+    traceparents: Sequence[str] = ()
+    """Those of the events that carry one."""
 
     def apply(self, connection: Connection, curator: Curator, tenants: Tenants) -> list[Recorded]:
         """Writes the batch, but what must not be kept. Returns the feedback that was joined."""
@@ -103,9 +106,12 @@ class Ingest:
         return await asyncio.to_thread(self._log.consumer, READ, group=GROUP, start=start, topic_ids=ids)
 
     async def _apply(self, batch: Batch) -> None:
+        began = time.time()
         work = partial(batch.apply, curator=self._curator, tenants=self._tenants)
         joined = await self._database.write(work)
         self._committed()
+        for traceparent in batch.traceparents:
+            tracing.record("collector.ingest", parent=traceparent, began=began)
         metrics.GENERATIONS.inc(len(batch.events))
         metrics.DEAD_LETTERS.inc(len(batch.dead))
         metrics.told(joined)
@@ -118,15 +124,18 @@ def decode_batch(records: Sequence[Record], consumer: Consumer) -> Batch:
     """The batch that these records are, and where `consumer` goes on after them."""
     events: list[GenerationEvent] = []
     dead: list[DeadLetter] = []
+    traceparents: list[str] = []
     for record in records:
         try:
             event = decode(record)
             # What is generated in bulk has no receipt, so no feedback about it can come.
             if not event.bulk:
                 events.append(event)
+                if carried := tracing.of_record(record.headers):
+                    traceparents.append(carried)
         except errors.InvalidArgument as error:
             dead.append(dead_letter(record, str(error)))
-    return Batch(events, dead, consumer.positions(), consumer.topic_ids())
+    return Batch(events, dead, consumer.positions(), consumer.topic_ids(), traceparents)
 
 
 def decode(record: Record) -> GenerationEvent:

@@ -29,6 +29,7 @@ from services.collector.rights import tombstones
 from services.collector.rules import Rules
 from services.collector.submission import Submission, receipts_of
 from services.collector.tables import feedback, feedback_generations, generations, held
+from services.collector.tables import outbox as outbox_table
 from thumbwheel import errors
 from thumbwheel.v1.events_pb2 import GenerationEvent
 from thumbwheel.v1.policy_pb2 import FinishReason, ReceiptClaims
@@ -191,11 +192,18 @@ def _join_held(connection: Connection, curator: Curator, generation_ids: Sequenc
     return _settle(connection, curator, [(id, one, joined) for id, one, joined in ready if joined is not None])
 
 
+def _traceparents(connection: Connection, ready: Sequence[tuple[str, Submission, Joined]]) -> dict[str, str]:
+    """The traces of the calls that submitted this feedback, by its id: they are kept with what was told of it then."""
+    first = {records.told_id(id, 1): id for id, _, _ in ready}
+    keys = {submission.prompt_id.encode() for _, submission, _ in ready}
+    told = select(outbox_table.c.event_id, outbox_table.c.traceparent).where(
+        outbox_table.c.key.in_(keys), outbox_table.c.traceparent != ""
+    )
+    return {first[event_id]: carried for event_id, carried in connection.execute(told) if event_id in first}
+
+
 def _settle(
-    connection: Connection,
-    curator: Curator,
-    ready: Sequence[tuple[str, Submission, Joined]],
-    traceparent: str = "",
+    connection: Connection, curator: Curator, ready: Sequence[tuple[str, Submission, Joined]]
 ) -> list[Recorded]:
     """Feedback whose generations are there: what may teach is curated, the rest told of as it is."""
     teaching: dict[tuple[str, str], list[str]] = {}
@@ -212,9 +220,17 @@ def _settle(
             _set(connection, id, state=records.name_of(joined.state), reason=joined.reason, joined=joined.reason)
     told = [records.recorded(row, changed=True) for row in _rows(connection, aside)]
     prompt_ids = {id: submission.prompt_id for id, submission, _ in ready}
-    outbox.add(connection, [records.event_of(one, prompt_ids[one.record.feedback_id], traceparent) for one in told])
+    traces = _traceparents(connection, ready) if ready else {}
+    outbox.add(
+        connection,
+        [
+            records.event_of(one, prompt_ids[one.record.feedback_id], traces.get(one.record.feedback_id, ""))
+            for one in told
+        ],
+    )
     for (tenant, group), ids in teaching.items():
-        changed = decide(connection, curator.rules, tenant, [group], new=ids, traceparent=traceparent)
+        # What several decide together is of the trace of the last of them.
+        changed = decide(connection, curator.rules, tenant, [group], new=ids, traceparent=traces.get(ids[-1], ""))
         told += [one for one in changed if one.record.feedback_id in prompt_ids]
     return sorted(told, key=lambda one: one.record.feedback_id)
 

@@ -46,9 +46,14 @@ def record_of(row: Any) -> FeedbackRecord:
 
 def event_of(told: Recorded, prompt_id: str, traceparent: str = "") -> Event:
     """What is published of it. Each time that it is told of has an id of its own."""
-    event_id = derived(told.record.feedback_id, "told", told.revision)
+    event_id = told_id(told.record.feedback_id, told.revision)
     event = FeedbackEvent(event_id=event_id, record=told.record)
     return Event(event_id, topics.FEEDBACK, prompt_id, event, traceparent)
+
+
+def told_id(feedback_id: str, revision: int) -> str:
+    """The event that told of feedback for the `revision`th time."""
+    return derived(feedback_id, "told", revision)
 
 
 def name_of(state: FeedbackState.ValueType) -> str:

@@ -25,7 +25,7 @@ from services.collector.outbox import Row
 from services.collector.pause import RETRIED, Pause
 from services.collector.rights.redaction import Redaction
 from services.collector.rights.tenants import Tenants
-from thumbwheel import errors
+from thumbwheel import errors, tracing
 from thumbwheel.stream import topics
 from thumbwheel.stream.log import Log, LossDetector, Outcome, Outgoing, Position, Producer, TopicPartition
 
@@ -109,7 +109,7 @@ class Relay:
 
     async def _publish(self, rows: Sequence[Row]) -> Work[None]:
         """Publishes the rows. Returns what marks them. Raises the first fault, with all marked until then."""
-        losses, detector = self._losses, self._detector
+        losses, detector, began = self._losses, self._detector, time.time()
         assert detector is not None, "settled before"
         published: list[int] = []
         refused: dict[int, str] = {}
@@ -126,6 +126,8 @@ class Relay:
                 if isinstance(outcome, Position):
                     published.append(row.id)
                     counts[row.topic] += 1
+                    if row.traceparent:
+                        tracing.record("collector.publish", parent=row.traceparent, began=began, topic=row.topic)
                     lost |= detector.acked(outcome)
                     written[TopicPartition(outcome.topic, outcome.partition)] = outcome.offset + 1
                 elif isinstance(outcome, errors.InvalidArgument):

@@ -13,7 +13,7 @@ from services.admission import Admission
 from services.policy import sampling
 from services.policy.bulk import Bulk
 from services.policy.generating import Asked, Generating
-from thumbwheel import errors, serving
+from thumbwheel import errors, serving, tracing
 from thumbwheel.calls import MAX_MESSAGE_BYTES
 from thumbwheel.v1 import policy_pb2 as pb
 from thumbwheel.v1.policy_pb2_grpc import PolicyServiceServicer
@@ -69,7 +69,7 @@ class PolicyService(PolicyServiceServicer):
         with self._admission.admit(prompt=len(asked.prompt_ids), allowed=asked.params.max_tokens) as ticket:
             async for piece in self._generating.pieces(asked, 0, stream=True, coalesce=self._coalesce):
                 if started is not None:
-                    FIRST_TOKEN.observe(asyncio.get_running_loop().time() - started)
+                    FIRST_TOKEN.observe(asyncio.get_running_loop().time() - started, tracing.exemplar())
                     started = None
                 if isinstance(piece, pb.Generation):
                     ticket.used = len(piece.token_ids)

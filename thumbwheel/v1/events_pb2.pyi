@@ -459,6 +459,7 @@ class VersionEvent(_message.Message):
     SEQUENCE_FIELD_NUMBER: _builtins.int
     MANIFEST_SHA256_FIELD_NUMBER: _builtins.int
     AT_FIELD_NUMBER: _builtins.int
+    LEARNT_RECEIVED_AT_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     """Id of the event (UUIDv7)."""
     version: _builtins.str
@@ -475,6 +476,12 @@ class VersionEvent(_message.Message):
     def at(self) -> _timestamp_pb2.Timestamp:
         """When it came to stand there."""
 
+    @_builtins.property
+    def learnt_received_at(self) -> _containers.RepeatedCompositeFieldContainer[_timestamp_pb2.Timestamp]:
+        """When feedback that it learnt from was committed: at most 256 of its samples, in the order of learning, at even
+        distances. Servers measure by it how long a click took to go live. Empty where it is announced again.
+        """
+
     def __init__(
         self,
         *,
@@ -485,10 +492,11 @@ class VersionEvent(_message.Message):
         sequence: _builtins.int = ...,
         manifest_sha256: _builtins.str = ...,
         at: _timestamp_pb2.Timestamp | None = ...,
+        learnt_received_at: _abc.Iterable[_timestamp_pb2.Timestamp] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "event_id", b"event_id", "manifest_sha256", b"manifest_sha256", "role", b"role", "sequence", b"sequence", "state", b"state", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "event_id", b"event_id", "learnt_received_at", b"learnt_received_at", "manifest_sha256", b"manifest_sha256", "role", b"role", "sequence", b"sequence", "state", b"state", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

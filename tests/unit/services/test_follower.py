@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +12,17 @@ from typing import Any
 
 import pytest
 import uuid_utils
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from services import versions
 from services.versions import Follower, newest_verified
 from tests.support import until
 from tests.unit.checkpoints.test_held import WEIGHTS, Home
-from thumbwheel import errors
+from thumbwheel import errors, tracing
 from thumbwheel.checkpoints.held import HeldVersions
 from thumbwheel.checkpoints.store import VerifiedVersion, version_name
 from thumbwheel.stream import topics
-from thumbwheel.stream.log import Log, Producer
+from thumbwheel.stream.log import Headers, Log, Producer
 from thumbwheel.stream.memory import MemoryLog
 from thumbwheel.v1.events_pb2 import VersionEvent
 from thumbwheel.v1.policy_pb2 import Swap, SwapOutcome
@@ -72,12 +74,22 @@ class World:
     producer: Producer
     digests: dict[str, str]
 
-    def say(self, sequence: int, state: VersionState.ValueType = STABLE, role: ModelRole.ValueType = POLICY) -> None:
+    def say(
+        self,
+        sequence: int,
+        state: VersionState.ValueType = STABLE,
+        role: ModelRole.ValueType = POLICY,
+        *,
+        clicked_at: Sequence[float] = (),
+        headers: Headers = (),
+    ) -> None:
         """Announces where a version stands."""
         name = version_name(POLICY, sequence)
         event = VersionEvent(event_id=str(uuid_utils.uuid7()), version=name, role=role, state=state, sequence=sequence)
         event.manifest_sha256 = self.digests.get(name, "")
-        self.producer.send(topics.VERSIONS, name.encode(), event.SerializeToString()).result(5)
+        for at in clicked_at:
+            event.learnt_received_at.add().FromMicroseconds(round(at * 1e6))
+        self.producer.send(topics.VERSIONS, name.encode(), event.SerializeToString(), headers).result(5)
 
     async def live(self, sequence: int) -> None:
         """Waits until a version is live."""
@@ -122,6 +134,48 @@ async def test_the_newest_stable_version_goes_live(tmp_path: Path) -> None:
             return world.held.left_here() == ["policy-000003", "policy-000002"]
 
         await until(tidied, timeout=10, every=0.01)
+
+
+def _clicks_live() -> tuple[float, float]:
+    """How many clicks were seen to go live, and how long all of them took together."""
+    [metric] = versions.CLICK_TO_LIVE.collect()
+    found = {s.name.rpartition("_")[2]: s.value for s in metric.samples if s.labels == {"role": "policy"}}
+    return found.get("count", 0.0), found.get("sum", 0.0)
+
+
+async def test_a_click_is_live_with_the_first_version_served_that_learnt_it(tmp_path: Path) -> None:
+    count, total = _clicks_live()
+    clicked = time.time() - 100.0
+    async with following(tmp_path) as world:
+        world.engine.refuses.add("policy-000003")
+        world.say(1, clicked_at=[clicked])  # it is live already
+        world.say(2, clicked_at=[clicked] * 2)
+        await world.live(2)
+        assert _clicks_live()[0] == count + 2
+        world.say(3, clicked_at=[clicked] * 3)  # is refused, and version 4 goes on from it
+        await until(lambda: asyncio.sleep(0, "policy-000003" in world.engine.asked), timeout=10, every=0.01)
+        assert _clicks_live()[0] == count + 2
+        world.say(4, clicked_at=[clicked])
+        await world.live(4)
+        world.say(4, ROLLED_BACK)
+        await world.live(2)
+        world.say(5)
+        await world.live(5)
+    assert _clicks_live()[0] == count + 6
+    assert 600.0 <= _clicks_live()[1] - total < 660.0
+
+
+async def test_going_live_is_of_the_trace_of_the_announcement(tmp_path: Path, spans: InMemorySpanExporter) -> None:
+    with tracing.span("trainer.publish"):
+        headers = tracing.headers()
+    async with following(tmp_path) as world:
+        world.say(2, headers=headers)
+        await world.live(2)
+    publish, version = spans.get_finished_spans()
+    assert version.parent is not None
+    assert publish.context is not None
+    assert (version.name, version.attributes) == ("version", {"version": "policy-000002"})
+    assert version.parent.span_id == publish.context.span_id
 
 
 async def test_a_version_that_is_rolled_back_gives_way_to_the_best_that_stands(tmp_path: Path) -> None:

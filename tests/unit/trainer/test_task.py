@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from safetensors.torch import load_file
 
 from tests.support import Deployment
 from tests.unit.trainer.test_ingest import comparison
-from thumbwheel import errors
+from thumbwheel import errors, tracing
 from thumbwheel.auth import ManifestSigner
 from thumbwheel.checkpoints import delta
 from thumbwheel.stream import topics
+from thumbwheel.stream.log import Headers
 from thumbwheel.stream.memory import MemoryLog
 from thumbwheel.v1.events_pb2 import ComparisonState, VersionEvent
 from thumbwheel.v1.rollout_pb2 import ModelRole, VersionState
@@ -46,11 +48,11 @@ def shared(policy_path: Path, tmp_path: Path) -> Iterator[Shared]:
     log.close()
 
 
-def send(shared: Shared, number: int, state: ComparisonState.ValueType | None = None) -> None:
+def send(shared: Shared, number: int, state: ComparisonState.ValueType | None = None, headers: Headers = ()) -> None:
     event = comparison(number)
     event.prompt_token_ids[0] += number
     event.state = state or event.state
-    shared.producer.send(topics.COMPARISONS, b"key", event.SerializeToString()).result(1.0)
+    shared.producer.send(topics.COMPARISONS, b"key", event.SerializeToString(), headers).result(1.0)
 
 
 def rounds(shared: Shared, count: int, *, name: TaskName = "policy", resident: bool = True) -> None:
@@ -268,3 +270,37 @@ def test_an_announcement_names_the_manifest_and_is_to_be_served(shared: Shared) 
     assert event.state == VersionState.VERSION_STATE_STABLE
     assert event.manifest_sha256 == version.manifest_sha256
     assert event.HasField("at")
+
+
+def test_the_trace_of_a_click_leads_to_the_version_that_learnt_it(shared: Shared, spans: InMemorySpanExporter) -> None:
+    with tracing.span("vote") as vote:
+        headers = tracing.headers()
+    for number in (100, 101, 102, 103):
+        send(shared, number, headers=headers if number == 102 else ())
+    rounds(shared, 4)
+    found = {span.name: span for span in spans.get_finished_spans()}  # the last of each name: of the fourth round
+    click = vote.get_span_context()
+    ingest, learnt, turn, publishing = (found[f"trainer.{name}"] for name in ("ingest", "learnt", "round", "publish"))
+    for span in (ingest, learnt):
+        assert span.parent is not None
+        assert span.parent.span_id == click.span_id
+    assert learnt.attributes == {"task": "policy", "version": "policy-000004"}
+    assert [link.context.span_id for link in learnt.links] == [publishing.context.span_id]
+    assert [link.context.span_id for link in turn.links] == [click.span_id]
+    assert found["trainer.learn"].parent == publishing.parent == turn.context
+    assert [len(span.links) for span in spans.get_finished_spans() if span.name == "trainer.round"] == [0, 0, 0, 1]
+    [*_, last] = shared.log.consumer([topics.VERSIONS], group="test").poll(0.0)
+    carried = tracing.of_record(last.headers)
+    assert carried.split("-")[2] == format(publishing.context.span_id, "016x")
+
+
+def test_an_announcement_tells_when_its_clicks_came_and_not_of_all(shared: Shared) -> None:
+    rounds(shared, 1)
+    records = shared.log.consumer([topics.VERSIONS], group="test").poll(0.0)
+    told = [len(VersionEvent.FromString(record.value).learnt_received_at) for record in records]
+    assert told == [0, 4]
+    publisher = publish.Publisher(shared.store, shared.signer, shared.producer, shared.stop, task="policy")
+    publisher.announce(shared.store.load("policy-000001"), [0.0, *(1000.5 + second for second in range(1000))])
+    [*_, last] = shared.log.consumer([topics.VERSIONS], group="test").poll(0.0)
+    times = [at.ToMicroseconds() / 1e6 for at in VersionEvent.FromString(last.value).learnt_received_at]
+    assert times == [1000.5 + second for second in range(0, 1000, 4)]

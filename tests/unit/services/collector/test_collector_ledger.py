@@ -66,6 +66,21 @@ async def test_every_kind_of_event_says_its_schema_and_trace(database: Database,
     ]
 
 
+async def test_what_waited_for_its_generations_keeps_the_trace_of_its_own_call(
+    database: Database, deployment: Deployment
+) -> None:
+    held, traces = [], ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "", "00-ab")
+    for trace in traces:
+        a, b = deployment.pair()
+        submission = Checker(deployment.key, 1_000).check(parts.comparison(a, b), tenant="default")
+        work = partial(ledger.submit, curator=curator_of(database), submission=submission, traceparent=trace)
+        await database.write(work)
+        held += [a, b]
+    await store(database, *held)
+    comparisons = [row for row in await rows(database) if row.topic == topics.COMPARISONS]
+    assert [row.traceparent for row in comparisons] == list(traces)
+
+
 async def test_the_same_submission_again_changes_nothing(database: Database, deployment: Deployment) -> None:
     a, b = deployment.pair()
     await store(database, a, b)
