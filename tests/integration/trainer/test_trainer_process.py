@@ -51,7 +51,11 @@ def home(begun: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[EmbeddedBroker]:
+    """A broker with the topics that the collector makes beside those that the trainer makes."""
     with EmbeddedBroker(port=0, log=tmp_path / "broker.log") as broker:
+        log = open_log(broker.bootstrap_servers)
+        log.ensure_topics(topics.topics(partitions=1, replication=1), 30.0)
+        log.close()
         yield broker
 
 
@@ -243,6 +247,7 @@ async def test_ended_while_the_broker_is_away_it_announces_later_and_learns_noth
     flags = ("--tasks", "policy", "--min-round-size", "5", "--max-wait-seconds", "3")
     with EmbeddedBroker(port=0, log=tmp_path / "broker.log") as broker:
         log = open_log(broker.bootstrap_servers)
+        log.ensure_topics(topics.topics(partitions=1, replication=1), 30.0)
         process = trainer(home, broker, processes, *flags).wait_serving()
         send(log, [comparison(number) for number in range(5)])
         await until(_metric_is(process, 'thumbwheel_trainer_pending_samples{task="policy"}', 5))
