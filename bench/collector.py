@@ -67,6 +67,7 @@ class Service:
         self.deployment = Deployment.at(self.home)
         self.broker = EmbeddedBroker(port=free_port(), log=self.home / "broker.log")
         arguments = ["--home", str(self.home), "--bootstrap-servers", self.broker.bootstrap_servers]
+        arguments += ["--control-listen", "127.0.0.1:0"]
         if self.database == "postgres":
             self.postgres = Postgres().start()
             arguments += ["--database", self.postgres.url]

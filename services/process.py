@@ -60,6 +60,7 @@ class Model:
             drain_seconds=settings.drain_seconds,
             security=self.security,
             stopping=stopping,
+            probe_port=settings.probe_port,
         )
 
 
@@ -76,7 +77,7 @@ async def running(settings: EngineSettings, role: ModelRole.ValueType, *, proces
     fetch_seconds = settings.swap_fetch_seconds
     version = await asyncio.to_thread(newest_verified, store, held, role, process=process, timeout=fetch_seconds)
     engine = await Engine.start(version, settings, pooling=role == ModelRole.MODEL_ROLE_REWARD)
-    log = open_log(settings.bootstrap_servers)
+    log = open_log(settings.bootstrap_servers, settings.kafka_tls)
     try:
         encoder = await asyncio.to_thread(PromptEncoder, version.path)
         follower = Follower(log=log, held=held, engine=engine, role=role, process=process, fetch_seconds=fetch_seconds)

@@ -12,7 +12,9 @@ from tests.support import free_port
 from thumbwheel import serving
 from thumbwheel.access import Security
 from thumbwheel.v1 import policy_pb2 as pb
+from thumbwheel.v1 import preference_pb2
 from thumbwheel.v1.policy_pb2_grpc import PolicyServiceServicer, add_PolicyServiceServicer_to_server
+from thumbwheel.v1.preference_pb2_grpc import PreferenceServiceServicer, add_PreferenceServiceServicer_to_server
 
 
 class Service(PolicyServiceServicer):
@@ -45,23 +47,60 @@ class Service(PolicyServiceServicer):
         return pb.GetPolicyResponse(version="policy-000000")
 
 
+class Feedback(PreferenceServiceServicer):
+    """Knows two methods, one a plane."""
+
+    async def Forget(self, request: preference_pb2.ForgetRequest, context: Any) -> preference_pb2.ForgetResponse:
+        return preference_pb2.ForgetResponse(feedback_erased=7)
+
+    async def GetFeedback(
+        self, request: preference_pb2.GetFeedbackRequest, context: Any
+    ) -> preference_pb2.GetFeedbackResponse:
+        return preference_pb2.GetFeedbackResponse()
+
+    async def SubmitFeedback(self, request: Any, context: Any) -> Any: ...
+
+    async def SubmitFeedbackBatch(self, request: Any, context: Any) -> Any: ...
+
+    async def StreamFeedback(self, request_iterator: Any, context: Any) -> Any: ...
+
+    async def Retract(self, request: Any, context: Any) -> Any: ...
+
+    async def ListFeedback(self, request: Any, context: Any) -> Any: ...
+
+    async def NextComparison(self, request: Any, context: Any) -> Any: ...
+
+    async def GetGuidelines(self, request: Any, context: Any) -> Any: ...
+
+
 class Running:
-    """A server in this loop."""
+    """A server in this loop. `options` are those of `serving.serve`."""
 
     def __init__(
-        self, service: Service, background: dict[str, Any] | None = None, security: Security | None = None
+        self,
+        service: Service | Feedback,
+        background: dict[str, Any] | None = None,
+        security: Security | None = None,
+        **options: Any,
     ) -> None:
         self.address = f"127.0.0.1:{free_port()}"
+        add: Any = (
+            add_PolicyServiceServicer_to_server
+            if isinstance(service, Service)
+            else add_PreferenceServiceServicer_to_server
+        )
+        name = "PolicyService" if isinstance(service, Service) else "PreferenceService"
         self.task = asyncio.create_task(
             serving.serve(
                 process="test",
                 listen=self.address,
                 metrics_port=0,
-                services=["thumbwheel.v1.PolicyService"],
-                register=lambda server: add_PolicyServiceServicer_to_server(service, server),
+                services=[f"thumbwheel.v1.{name}"],
+                register=lambda server: add(service, server),
                 background=background or {},
                 drain_seconds=5,
                 security=security,
+                **options,
             )
         )
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import grpc.aio
 
@@ -27,7 +27,24 @@ _SCOPES: dict[str, Scope] = {
     "thumbwheel.v1.RewardService": "score",
     "thumbwheel.v1.PreferenceService": "feedback",
 }
+CONTROL_METHODS: dict[str, Scope] = {
+    "/thumbwheel.v1.PreferenceService/Forget": "control",
+    "/thumbwheel.v1.RolloutService/Promote": "admin",
+    "/thumbwheel.v1.RolloutService/Rollback": "admin",
+}
+"""The control plane, and which scope opens what: what decides for all users, or cannot be undone."""
+Plane: TypeAlias = Literal["data", "control"]
 _WATCH_SECONDS = 1.0
+
+
+def check_plane(method: str, plane: Plane) -> None:
+    """Raises `errors.FailedPrecondition` where "/service/method" is not of this plane."""
+    if (method in CONTROL_METHODS) != (plane == "control"):
+        name, other = method.rpartition("/")[2], "data" if plane == "control" else "control"
+        raise errors.FailedPrecondition(
+            f"{name} is not answered on the {plane} plane.",
+            remedy=f"Call it at the server's address of the {other} plane.",
+        )
 
 
 @dataclass(frozen=True)
@@ -101,7 +118,8 @@ class Security:
                 remedy="Send it as the metadata `authorization: Bearer tw_...`; clients take it as `api_key`.",
             )
         service = method.lstrip("/").partition("/")[0]
-        key = self.keys.check(given.removeprefix(_BEARER), _SCOPES.get(service, "admin"))
+        scope = CONTROL_METHODS.get(method) or _SCOPES.get(service, "admin")
+        key = self.keys.check(given.removeprefix(_BEARER), scope)
         if asked and asked != key.tenant and "admin" not in key.scopes:
             raise errors.PermissionDenied(
                 f"The API key {key.id} is of tenant {key.tenant!r}, not {asked!r}.",

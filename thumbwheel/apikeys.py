@@ -26,8 +26,8 @@ from thumbwheel.calls import DEFAULT_TENANT
 logger = logging.getLogger(__name__)
 
 FILE = "api-keys.json"
-Scope: TypeAlias = Literal["generate", "score", "feedback", "admin"]
-"""What a key may do. `admin` may do everything, for every tenant."""
+Scope: TypeAlias = Literal["generate", "score", "feedback", "control", "admin"]
+"""What a key may do. `control` opens its tenant's part of the control plane; `admin` everything, for every tenant."""
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 _PREFIX = "tw"

@@ -164,11 +164,14 @@ def _size(file: Path) -> int:
 async def _forget(user: str, tenant: str, home: Path | None, as_json: bool) -> None:
     from google.protobuf.json_format import MessageToDict
 
+    from thumbwheel.channels import key_from_environment
     from thumbwheel.client import AsyncClient
     from thumbwheel.stack import StackSettings, read_addresses
+    from thumbwheel.tls import ClientTls
 
     at = read_addresses(StackSettings(home=home).home if home is not None else StackSettings().home)
-    async with AsyncClient(collector=at.collector, tenant=tenant, timeout=FORGET_SECONDS) as client:
+    key, tls = key_from_environment(), ClientTls.from_environment()
+    async with AsyncClient(control=at.control, tenant=tenant, timeout=FORGET_SECONDS, api_key=key, tls=tls) as client:
         response = await client.forget(user)
     if as_json:
         print(json.dumps(MessageToDict(response, preserving_proto_field_name=True)))

@@ -94,6 +94,7 @@ class AsyncClient:
         policy: str = "127.0.0.1:50051",
         reward: str = "127.0.0.1:50052",
         collector: str = "127.0.0.1:50053",
+        control: str = "127.0.0.1:50063",
         tenant: str = "",
         timeout: float = 120.0,
         consent: bool | None = None,
@@ -102,14 +103,15 @@ class AsyncClient:
         connections: int = 1,
         allow_insecure: bool = False,
     ) -> None:
-        """Addresses are "host:port"; `timeout` is the deadline of every call, in seconds, all attempts together.
+        """Addresses are "host:port", `control` that of the collector's control plane; `timeout` is the deadline of
+        every call, in seconds, all attempts together.
 
         `consent` says of everything sent whether its user agrees that it is learnt from; None: they were not asked.
         `tenant` is "" for that of the API key. `connections` are kept to each service. Raises
         `errors.FailedPrecondition` for a certificate that cannot be used, and where `api_key` would leave this machine
         unencrypted, unless `allow_insecure`.
         """
-        check_key(api_key, (policy, reward, collector), tls, allow_insecure=allow_insecure)
+        check_key(api_key, (policy, reward, collector, control), tls, allow_insecure=allow_insecure)
         self._timeout, self._consent = timeout, consent
         self._metadata: Metadata = (*(((TENANT_KEY, tenant),) if tenant else ()), *bearer(api_key))
         self._policy: Pool[PolicyServiceAsyncStub] = Pool(policy, PolicyServiceStub, size=connections, tls=tls)
@@ -117,6 +119,7 @@ class AsyncClient:
         self._collector: Pool[PreferenceServiceAsyncStub] = Pool(
             collector, PreferenceServiceStub, size=connections, tls=tls
         )
+        self._control: Pool[PreferenceServiceAsyncStub] = Pool(control, PreferenceServiceStub, size=1, tls=tls)
 
     async def __aenter__(self) -> Self:
         return self
@@ -128,7 +131,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Closes the channels."""
-        for pool in (self._policy, self._reward, self._collector):
+        for pool in (self._policy, self._reward, self._collector, self._control):
             await pool.close()
 
     async def _unary(self, method: grpc.aio.UnaryUnaryMultiCallable[Request, Response], request: Request) -> Response:
@@ -329,8 +332,8 @@ class AsyncClient:
         return (await self._unary(self._collector.stub.Retract, request)).record
 
     async def forget(self, user_id: str) -> preference_pb.ForgetResponse:
-        """Erases all of a user's content; returns when it is off the collector's disk."""
-        return await self._unary(self._collector.stub.Forget, preference_pb.ForgetRequest(user_id=user_id))
+        """Erases all of a user's content; returns when it is off the collector's disk. Of the control plane."""
+        return await self._unary(self._control.stub.Forget, preference_pb.ForgetRequest(user_id=user_id))
 
     async def feedback(self, feedback_ids: Sequence[str]) -> list[preference_pb.FeedbackRecord]:
         """What became of feedback."""

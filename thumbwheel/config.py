@@ -10,12 +10,15 @@ import sys
 from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, Self
 from urllib.parse import urlsplit
 
 from platformdirs import user_data_path
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+if TYPE_CHECKING:
+    from thumbwheel.tls import ClientTls
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -100,6 +103,16 @@ class Settings(CommandSettings):
     bootstrap_servers: Address = "127.0.0.1:9092"
     """Kafka brokers, separated by commas."""
 
+    kafka_ca: Path | None = None
+    """PEM file of the authorities whose certificates the brokers must have. Given, connections to them are
+    encrypted."""
+
+    kafka_certificate: Path | None = None
+    """PEM file of the certificate that this process shows the brokers (mutual TLS); given with `kafka_key`."""
+
+    kafka_key: Path | None = None
+    """PEM file of that certificate's private key."""
+
     topic_partitions: int = Field(default=1, ge=1)
     """Partitions of a topic that is created because it is missing."""
 
@@ -109,6 +122,15 @@ class Settings(CommandSettings):
     trace_endpoint: TraceEndpoint = ""
     """URL of the OpenTelemetry collector that spans are sent to by OTLP over gRPC, such as http://127.0.0.1:4317;
     empty: nothing is traced."""
+
+    @property
+    def kafka_tls(self) -> ClientTls | None:
+        """How the brokers are connected to; None is without encryption."""
+        if self.kafka_ca is None and self.kafka_certificate is None and self.kafka_key is None:
+            return None
+        from thumbwheel.tls import ClientTls  # with gRPC behind it, which `--help` needs not wait for
+
+        return ClientTls(self.kafka_ca, self.kafka_certificate, self.kafka_key)
 
     @property
     def keys_path(self) -> Path:
@@ -135,6 +157,10 @@ class ServerSettings(Settings):
 
     tls_client_ca: Path | None = None
     """PEM file of the authorities whose certificates clients must have (mutual TLS)."""
+
+    probe_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port of a second server, on the same host as `listen`, that answers health checks alone and without TLS, for
+    probes that speak none, such as Kubernetes' own; left out: none."""
 
     allow_insecure: bool = False
     """Serve other machines without TLS, or without API keys or client certificates; else that is refused."""

@@ -24,8 +24,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import Counter, Gauge, Histogram
 
-from thumbwheel import calls, errors, telemetry, tracing
-from thumbwheel.access import Security, metadata
+from thumbwheel import access, calls, errors, telemetry, tracing
+from thumbwheel.access import Plane, Security, metadata
 from thumbwheel.calls import DEFAULT_TENANT, MAX_MESSAGE_BYTES
 from thumbwheel.calls import TENANT_KEY as TENANT_KEY  # what `tenant` reads
 from thumbwheel.config import split_address
@@ -71,12 +71,15 @@ class _Call:
     """Guards, counts and times one call, and turns our exceptions into statuses with details. For `async with`."""
 
     # A class, and labels looked up once a method: of a short call, this is a good part.
-    __slots__ = ("_context", "_guard", "_method", "_span", "_started")
+    __slots__ = ("_context", "_guard", "_method", "_plane", "_span", "_started")
 
-    def __init__(self, method: str, context: grpc.aio.ServicerContext[Any, Any], security: Security) -> None:
+    def __init__(
+        self, method: str, context: grpc.aio.ServicerContext[Any, Any], security: Security, plane: Plane | None
+    ) -> None:
         self._method = method
         self._context = context
         self._guard = security.call(method, context)
+        self._plane = plane
 
     async def __aenter__(self) -> None:
         _started(self._method).inc()
@@ -84,6 +87,8 @@ class _Call:
         self._started = time.perf_counter()
         self._span = tracing.begin_call(self._method, tracing.of_metadata(self._context.invocation_metadata()))
         try:
+            if self._plane is not None:
+                access.check_plane(self._method, self._plane)
             self._guard.__enter__()
         except errors.ThumbwheelError as error:
             await self._end(error)
@@ -139,10 +144,11 @@ def _handling(method: str) -> Histogram:
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every handler, unary or streaming, in `_Call`."""
+    """Wraps every handler, unary or streaming, in `_Call`. With a `plane`, only its methods are answered."""
 
-    def __init__(self, security: Security | None = None) -> None:
+    def __init__(self, security: Security | None = None, plane: Plane | None = None) -> None:
         self._security = security or Security()
+        self._plane = plane
         self._wrapped: dict[str, Handler] = {}  # gRPC asks at each call
 
     async def intercept_service(
@@ -158,16 +164,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or method.startswith("/grpc."):
             return handler
-        self._wrapped[method] = _wrapped(method, handler, self._security)
+        self._wrapped[method] = _wrapped(
+            method, handler, functools.partial(_Call, security=self._security, plane=self._plane)
+        )
         return self._wrapped[method]
 
 
-def _wrapped(method: str, inner: Any, security: Security) -> Handler:
+def _wrapped(method: str, inner: Any, call: Callable[..., _Call]) -> Handler:
     if inner.response_streaming:
         produce = inner.stream_stream if inner.request_streaming else inner.unary_stream
 
         async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            async with _Call(method, context, security), contextlib.aclosing(produce(request, context)) as responses:
+            async with call(method, context), contextlib.aclosing(produce(request, context)) as responses:
                 async for response in responses:
                     yield response
 
@@ -179,7 +187,7 @@ def _wrapped(method: str, inner: Any, security: Security) -> Handler:
     answer = inner.stream_unary if inner.request_streaming else inner.unary_unary
 
     async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        async with _Call(method, context, security):
+        async with call(method, context):
             return await answer(request, context)
 
     make = grpc.stream_unary_rpc_method_handler if inner.request_streaming else grpc.unary_unary_rpc_method_handler
@@ -214,8 +222,13 @@ async def serve(
     drain_seconds: float = 30.0,
     security: Security | None = None,
     stopping: Callable[[], None] | None = None,
+    probe_port: int | None = None,
+    control_listen: str | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT; then refuses new calls, lets those in flight end, and returns.
+
+    With `control_listen`, the methods of the control plane (`access.CONTROL_METHODS`) are answered there and nowhere
+    else. With `probe_port`, a second server answers health checks alone, without TLS.
 
     `services` are full gRPC names, for health and reflection. Without `security` there are neither keys nor TLS, and
     only this machine is served. Raises `errors.PortInUse`, `errors.FailedPrecondition` for an address that other
@@ -225,25 +238,37 @@ async def serve(
     """
     host, _ = split_address(listen)
     security = security or Security()
-    security.check_address(listen)
+    at: dict[Plane | None, str] = {None: listen}
+    if control_listen is not None:
+        at = {"data": listen, "control": control_listen}
+    for address in at.values():
+        security.check_address(address)
     credentials = None if security.tls is None else security.tls.credentials()
     if security.keys is not None:
         background = {**background, "api-keys": security.watch}
     with telemetry.metrics_server(metrics_port, process=process, host=host) as bound_metrics_port:
-        server = grpc.aio.server(interceptors=[CallInterceptor(security)], options=_OPTIONS)
-        register(server)
         health_servicer = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
-        reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-        port = _bind(server, listen, process, credentials)
+        servers, ports = [], []
+        for plane, address in at.items():
+            server = grpc.aio.server(interceptors=[CallInterceptor(security, plane)], options=_OPTIONS)
+            register(server)
+            health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+            reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+            ports.append(_bind(server, address, process, credentials))
+            servers.append(server)
+        if probe_port is not None:
+            servers.append(grpc.aio.server(options=_OPTIONS))
+            health_pb2_grpc.add_HealthServicer_to_server(health_servicer, servers[-1])
+            _bind(servers[-1], f"{host}:{probe_port}", process)
         with _stop_signals() as stop:
             tasks = {asyncio.create_task(_forever(run), name=name) for name, run in background.items()}
             signalled = asyncio.create_task(stop.wait(), name="stop")
             try:
-                await server.start()
+                for server in servers:
+                    await server.start()
                 for name in ("", *services):
                     await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-                logger.info("serving", extra={"address": f"{host}:{port}", "metrics_port": bound_metrics_port})
+                logger.info("serving", extra={"address": f"{host}:{ports[0]}", "metrics_port": bound_metrics_port})
                 done, _ = await asyncio.wait({signalled, *tasks}, return_when=asyncio.FIRST_COMPLETED)
                 for task in done - {signalled}:
                     logger.critical("background task %s stopped", task.get_name(), exc_info=task.exception())
@@ -252,7 +277,7 @@ async def serve(
                 await health_servicer.enter_graceful_shutdown()
                 if stopping is not None:
                     stopping()
-                await server.stop(drain_seconds)
+                await asyncio.gather(*(server.stop(drain_seconds) for server in servers))
                 if drained is not None and signalled.done():
                     await drained()
                 for task in (*tasks, signalled):

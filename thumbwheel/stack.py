@@ -42,8 +42,8 @@ class StackSettings(Settings):
     """Runs every part on this machine."""
 
     base_port: int = Field(default=50050, ge=1024, le=65000)
-    """Policy, reward, collector and trainer listen on the four ports after it, the embedded broker on the ninth, and
-    their metrics on ports 51 and up above it."""
+    """Policy, reward, collector and trainer listen on the four ports after it, the embedded broker on the ninth, the
+    collector's control plane on the thirteenth, and their metrics on ports 51 and up above it."""
 
     host: str = "127.0.0.1"
     """Address that all parts listen on."""
@@ -63,9 +63,10 @@ class StackSettings(Settings):
     @property
     def addresses(self) -> Addresses:
         """Where everything listens."""
-        ports = [f"{self.host}:{self.base_port + offset}" for offset in (1, 2, 3, 4, 9)]
-        policy, reward, collector, trainer, broker = ports
-        return Addresses(policy, reward, collector, trainer, self.kafka or broker, not self.kafka, self.base_port + 50)
+        ports = [f"{self.host}:{self.base_port + offset}" for offset in (1, 2, 3, 4, 9, 13)]
+        policy, reward, collector, trainer, broker, control = ports
+        kafka, metrics_base = self.kafka or broker, self.base_port + 50
+        return Addresses(policy, reward, collector, control, trainer, kafka, not self.kafka, metrics_base)
 
     @property
     def logs_path(self) -> Path:
@@ -80,6 +81,7 @@ class Addresses:
     policy: str
     reward: str
     collector: str
+    control: str
     trainer: str
     kafka: str
     embedded_broker: bool
@@ -229,6 +231,7 @@ class Stack:
             await self._prepare_versions(common)
             self._progress("starting collector, policy, reward and trainer")
             asking = ["--reward", at.reward]  # what it is unsure of is what people are asked
+            asking += ["--control-listen", at.control]
             await self._spawn("collector", ["-m", "services.collector", *asking, *where("collector", at.collector)])
             await self._spawn("policy", ["-m", "services.policy", *where("policy", at.policy)])
             await self._spawn("reward", ["-m", "services.reward", *where("reward", at.reward)])
@@ -294,6 +297,7 @@ class Stack:
         """Fails before anything is started where a port is taken. Raises `errors.PortInUse`."""
         at = self.addresses
         wanted = {"policy": at.policy, "reward": at.reward, "collector": at.collector, "trainer": at.trainer}
+        wanted["the control plane"] = at.control
         if at.embedded_broker:
             wanted["broker"] = at.kafka
         wanted |= {f"{part}'s metrics": f"{self.settings.host}:{at.metrics_port(part)}" for part in at.parts}

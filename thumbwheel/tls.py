@@ -90,14 +90,18 @@ class ClientTls:
 
     def credentials(self) -> grpc.ChannelCredentials:
         """What a channel is opened with. Raises `errors.FailedPrecondition` naming the file that cannot be used."""
+        authorities, key, chain = self.read()
+        credentials: grpc.ChannelCredentials = grpc.ssl_channel_credentials(authorities, key, chain)
+        return credentials
+
+    def read(self) -> tuple[bytes | None, bytes | None, bytes | None]:
+        """Authorities, key and chain, checked. Raises `errors.FailedPrecondition` naming the file that is unusable."""
         if (self.certificate is None) != (self.key is None):
             raise errors.FailedPrecondition(
                 "A client's certificate and its key belong together, and only one is given.", remedy="Give both."
             )
         chain, key = _pair(self.certificate, self.key) if self.certificate and self.key else (None, None)
-        authorities = None if self.ca is None else _certificates(self.ca)
-        credentials: grpc.ChannelCredentials = grpc.ssl_channel_credentials(authorities, key, chain)
-        return credentials
+        return None if self.ca is None else _certificates(self.ca), key, chain
 
 
 def _pair(certificate: Path, key: Path) -> tuple[bytes, bytes]:

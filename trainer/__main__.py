@@ -41,7 +41,7 @@ def main(settings: TrainerSettings, stop: threading.Event) -> None:
 
     with (
         health_server(process="trainer", listen=settings.listen, metrics_port=settings.metrics_port) as ready,
-        contextlib.closing(open_log(settings.bootstrap_servers)) as log,
+        contextlib.closing(open_log(settings.bootstrap_servers, settings.kafka_tls)) as log,
     ):
         runtime.prepare(settings.threads)
         from trainer import loop

@@ -18,6 +18,9 @@ class CollectorSettings(ServerSettings):
     listen: Address = "127.0.0.1:50053"
     """Address of the gRPC server; port 0 takes any free one."""
 
+    control_listen: Address = "127.0.0.1:50063"
+    """Address of the control plane, where Forget is answered, and nowhere else; port 0 takes any free one."""
+
     metrics_port: int = Field(default=9103, ge=0, le=65535)
     """Port of the Prometheus metrics, on the same host as `listen`."""
 

@@ -275,7 +275,7 @@ async def collect(settings: CollectorSettings) -> None:
     checker = Checker(ReceiptKey.load(settings.keys_path), settings.max_text_bytes, tenants)
     redaction = Redaction(tenants)
     curator = Curator(settings.rules)
-    log = open_log(settings.bootstrap_servers)
+    log = open_log(settings.bootstrap_servers, settings.kafka_tls)
     try:
         async with opened(settings) as database, reward_service(settings) as (reward, metadata):
             relay = Relay(database, log, settings, redaction)
@@ -298,6 +298,8 @@ async def collect(settings: CollectorSettings) -> None:
                 },
                 drain_seconds=settings.drain_seconds,
                 security=Security.load(settings),
+                probe_port=settings.probe_port,
+                control_listen=settings.control_listen,
             )
     finally:
         log.close()

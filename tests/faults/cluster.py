@@ -40,6 +40,7 @@ class Cluster:
         self.deployment = Deployment.at(self.home)
         self.broker = EmbeddedBroker(port=free_port(), log=self.home / "broker.log")
         arguments = ["--home", str(self.home), "--bootstrap-servers", self.broker.bootstrap_servers]
+        arguments += ["--control-listen", "127.0.0.1:0"]
         self.file = (self.disk or self.home) / "collector.db"
         url = self.postgres.url if self.postgres is not None else f"sqlite:///{self.file}"
         arguments += ["--database", url, *self.options]

@@ -12,6 +12,7 @@ from thumbwheel.stream.kafka_consumer import KafkaLogConsumer
 from thumbwheel.stream.kafka_producer import KafkaLogProducer
 from thumbwheel.stream.kafka_watch import Watch
 from thumbwheel.stream.log import Topic, TopicPartition
+from thumbwheel.tls import ClientTls
 
 _CLOSE_SECONDS = 5.0
 
@@ -22,6 +23,7 @@ class KafkaLog:
     `delivery_timeout` is the deadline of a record in seconds; a producer holds at most `queue_records` and
     `queue_bytes` of what is not acknowledged. What the brokers hold is looked at every `refresh_interval` seconds,
     which bounds how late the loss of a log is noticed. No single request takes longer than `request_timeout` seconds.
+    Raises `errors.FailedPrecondition` for a file of `tls` that cannot be used.
     """
 
     def __init__(
@@ -33,7 +35,10 @@ class KafkaLog:
         queue_bytes: int = 64 * 1024 * 1024,
         refresh_interval: float = 1.0,
         request_timeout: float = 5.0,
+        tls: ClientTls | None = None,
     ) -> None:
+        if tls is not None:
+            tls.read()  # what is unusable is told now, not at the first connection
         self._delivery_timeout = delivery_timeout
         self._queue_records = queue_records
         self._queue_bytes = queue_bytes
@@ -44,6 +49,7 @@ class KafkaLog:
             "request_timeout_ms": int(request_timeout * 1000),
             "reconnect_backoff_max_ms": 500,
             "metadata_max_age_ms": 30_000,
+            "tls": tls,
         }
         self._watch = Watch(self._configs, interval=refresh_interval)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import socket
+import ssl
 import time
 import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
+
+from thumbwheel.tls import ClientTls
 
 with warnings.catch_warnings():
     # It reads its schemas with a function that Python 3.11 deprecates.
@@ -60,6 +63,28 @@ class _Network(KafkaNetClient):  # type: ignore[misc]
                 sock.close()
 
 
+class _TlsSocket(ssl.SSLSocket):
+    """Closes itself when it is let go of: kafka-python forgets those whose handshake failed."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _tls_context(tls: ClientTls) -> ssl.SSLContext:
+    """Read anew for each client, so that renewed certificates are taken up whenever one is made."""
+    tls.read()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.sslsocket_class = _TlsSocket
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if tls.ca is None:
+        context.load_default_certs()
+    else:
+        context.load_verify_locations(tls.ca)
+    if tls.certificate is not None:
+        context.load_cert_chain(tls.certificate, tls.key)
+    return context
+
+
 class _Sparing(logging.Filter):
     """Lets a message through once a minute: the client reports each of many attempts to connect a second."""
 
@@ -78,8 +103,10 @@ class _Sparing(logging.Filter):
 _sparing = _Sparing()
 
 
-def client(make: Callable[..., Any], **configs: Any) -> Any:
+def client(make: Callable[..., Any], *, tls: ClientTls | None = None, **configs: Any) -> Any:
     """Makes a Kafka client. Where it cannot reach a broker it raises, and the thread it had begun is ended."""
+    if tls is not None:
+        configs |= {"security_protocol": "SSL", "ssl_context": _tls_context(tls)}
     for name in _NOISY:
         logging.getLogger(f"kafka.{name}").addFilter(_sparing)  # adding it twice adds it once
     begun: list[_Network] = []

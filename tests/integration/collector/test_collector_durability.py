@@ -42,6 +42,7 @@ class Stack:
         self.broker = EmbeddedBroker(port=free_port(), log=home / "broker.log")
         self.log: Log = open_log(self.broker.bootstrap_servers)
         arguments = ["--home", str(home), "--bootstrap-servers", self.broker.bootstrap_servers]
+        arguments += ["--control-listen", "127.0.0.1:0"]
         arguments += ["--database", url]
         self.collector = Process("services.collector", arguments, home / "collector.log")
 

@@ -47,6 +47,8 @@ class Stack:
         self.broker.start()
         self.log = open_log(self.broker.bootstrap_servers)
         arguments = ["--home", str(home), "--bootstrap-servers", self.broker.bootstrap_servers]
+        self.control = f"127.0.0.1:{free_port()}"
+        arguments += ["--control-listen", self.control]
         self.collector = Process("services.collector", [*arguments, "--log-level", "debug"], home / "collector.log")
         self.collector.start().wait_serving()
 
@@ -56,7 +58,7 @@ class Stack:
         self.broker.kill()
 
     def call(self, method: str, request: object, timeout: float = SECONDS) -> object:
-        with grpc.insecure_channel(self.collector.address) as channel:
+        with grpc.insecure_channel(self.control if method == "Forget" else self.collector.address) as channel:
             stub = preference_pb2_grpc.PreferenceServiceStub(channel)
             return getattr(stub, method)(request, timeout=timeout, wait_for_ready=True)
 
@@ -191,7 +193,7 @@ def test_what_is_imported_beside_a_running_collector_reaches_the_stream(stack: S
     assert exported["exported"] == 30
     written = [json.loads(line) for line in (stack.home / "out.jsonl").read_text().splitlines()]
     assert sorted(written, key=str) == sorted(rows, key=str)
-    at = dataclasses.replace(StackSettings(home=stack.home).addresses, collector=stack.collector.address)
+    at = dataclasses.replace(StackSettings(home=stack.home).addresses, control=stack.control)
     (stack.home / STATE_FILE).write_text(json.dumps(dataclasses.asdict(at)))
     forgotten = stack.run("forget", "import:set")
     # Counts are 64 bits wide, which JSON has as text.
