@@ -150,18 +150,41 @@ def micro_batches(samples: Iterable[Sample], max_tokens: int) -> list[list[Row]]
     Rollouts that do not fit into one row are spread over several; a pair stays together, since its loss is one. A row
     that is too long by itself gets a micro-batch of its own.
     """
+    return _grouped([part for row in whole(samples) for part in _parts(row, max_tokens)], max_tokens)
+
+
+def shared(samples: Iterable[Sample], max_tokens: int, rank: int, ranks: int) -> list[tuple[list[Row], bool]]:
+    """The micro-batches of one of several ranks, each with whether it counts. Rows are divided so that ranks have about
+    as many tokens. All have as many micro-batches: where another has more, one is done again and does not count.
+    """
     rows = [part for row in whole(samples) for part in _parts(row, max_tokens)]
+    loads = [0] * ranks
+    mine: list[list[Row]] = [[] for _ in range(ranks)]
+    for row in sorted(rows, key=_longest_first):
+        least = loads.index(min(loads))
+        loads[least] += row.tokens
+        mine[least].append(row)
+    groups = [_grouped(part, max_tokens) for part in mine]
+    longest = max(map(len, groups))
+    spare = [min(rows, key=lambda row: row.tokens)] if rows else []
+    missing = longest - len(groups[rank])
+    return [(group, True) for group in groups[rank]] + [(spare, False)] * missing
+
+
+def _longest_first(row: Row) -> tuple[int, str, int]:
+    return -row.tokens, row.sample.id, row.first
+
+
+def _grouped(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
     groups: list[list[Row]] = []
     longest = 0
-    for tokens, row in sorted(
-        ((row.tokens, row) for row in rows), key=lambda item: (item[0], item[1].sample.id, item[1].first), reverse=True
-    ):
+    for row in sorted(rows, key=_longest_first):
         # Longest first: the first of a group is as long as its rows will be.
         if groups and (len(groups[-1]) + 1) * longest <= max_tokens:
             groups[-1].append(row)
         else:
             groups.append([row])
-            longest = tokens
+            longest = row.tokens
     return groups
 
 

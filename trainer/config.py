@@ -101,8 +101,16 @@ class LearningSettings(CommandSettings):
     seed: int = 0
     """Seed of the order of samples; the same events and the same settings give the same weights."""
 
-    zero_stage: Literal[1, 2] = 2
-    """DeepSpeed ZeRO stage. 2 accumulates gradients in fp32, 1 in bf16; with one rank 2 also takes less memory."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage: what is divided among the ranks. 0: nothing; 1: the optimizer's state; 2: its gradients as
+    well; 3: the weights as well. With one rank they differ in speed alone."""
+
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass, always: a third slower, with less memory. What is longer than
+    `micro_batch_tokens` does so anyway."""
+
+    cpu_offload: bool = False
+    """Keep master weights and the optimizer's state in the CPU's memory and step there, with `zero_stage` 1 to 3."""
 
     threads: int = Field(default=0, ge=0)
     """Threads to compute with; 0 leaves it to OMP_NUM_THREADS, or else to the number of cores."""

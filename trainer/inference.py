@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainer import batch as batches
-from trainer import models, runtime
+from trainer import models, ranks, runtime
 from trainer.batch import Batch
 from trainer.samples import Sample
 
@@ -20,26 +20,35 @@ _FACTOR = 2
 
 @torch.no_grad()
 def per_token(
-    function: Callable[[Any, Batch], Tensor],
-    model: Any,
+    function: Callable[[Batch], Tensor],
     samples: Sequence[Sample],
     *,
+    device: torch.device,
     max_tokens: int,
     stop: Callable[[], bool],
 ) -> dict[str, Tensor]:
     """By sample id, the [T] numbers that `function` returns for its response tokens, in float32. `max_tokens` as in
-    `batches.micro_batches` of a pass with gradients. Raises `Stopped`.
+    `batches.micro_batches` of a pass with gradients. Ranks share the work, and all have the result. Raises `Stopped`.
     """
-    device = next(model.parameters()).device
-    found = {sample.id: torch.zeros(sample.response_tokens) for sample in samples}
-    for rows in batches.micro_batches(samples, _FACTOR * max_tokens):
-        if stop():
+    whole = torch.zeros(sum(sample.response_tokens for sample in samples))
+    sizes = [sample.response_tokens for sample in samples]
+    found = dict(zip([sample.id for sample in samples], torch.split(whole, sizes), strict=True)) if samples else {}
+    groups = batches.micro_batches(samples, _FACTOR * max_tokens)
+    if ranks.count() > 1 and ranks.any_of(stop()):
+        raise runtime.Stopped
+    for turn in range(0, len(groups), ranks.count()):
+        if ranks.count() == 1 and stop():
             raise runtime.Stopped
+        mine = turn + ranks.rank()
+        # Where the weights are spread over ranks, all of them have to take every turn.
+        rows = groups[min(mine, len(groups) - 1)]
         spans = [row.span for row in rows]
-        values = function(model, batches.collate(rows).to(device)).cpu()
-        sizes = [span.stop - span.start for span in spans]
-        for row, span, part in zip(rows, spans, torch.split(values, sizes), strict=True):
-            found[row.sample.id][span] = part
+        values = function(batches.collate(rows).to(device)).cpu()
+        if mine < len(groups):
+            counts = [span.stop - span.start for span in spans]
+            for row, span, part in zip(rows, spans, torch.split(values, counts), strict=True):
+                found[row.sample.id][span] = part
+    ranks.add(whole)
     return found
 
 
@@ -48,10 +57,12 @@ def reference_logprobs(
 ) -> dict[str, Tensor]:
     """Log-probabilities of all response tokens under the policy in `path`, which is loaded for it and freed again.
 
-    Raises `Stopped`.
+    Every rank loads it whole. Raises `Stopped`.
     """
-    model = models.load_causal(path).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    found = per_token(models.response_token_logprobs, model, samples, max_tokens=max_tokens, stop=stop)
-    del model
+    device = runtime.device()
+    model = models.load_causal(path).eval().to(device)
+    ask = functools.partial(models.response_token_logprobs, model)
+    found = per_token(ask, samples, device=device, max_tokens=max_tokens, stop=stop)
+    del ask, model
     runtime.free_memory()
     return found

@@ -1,38 +1,39 @@
-"""The learner: a model, its optimizer and an objective on DeepSpeed. bf16 weights, fp32 master weights.
+"""The learner: a model, its optimizer and an objective. bf16 weights, fp32 master weights, any number of ranks.
 
     samples ─▶ prepared, without gradient ─▶ steps ─▶ micro-batches ─▶ loss ─▶ gradients, added up in fp32 ─▶ AdamW
 
-A learner knows nothing of streams and versions. It is made, saved to and restored from a folder, and closed.
+A learner knows nothing of streams and versions. It is made, saved to and restored from a folder, and closed. Of several
+ranks, all make one, and call its methods with the same arguments in the same order.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from thumbwheel import errors
 from trainer import batch as batches
-from trainer import inference, models, runtime
+from trainer import inference, models, ranks, runtime, shards
+from trainer.background import Background
 from trainer.batch import Batch
 from trainer.config import LearningSettings
+from trainer.engine import Engine
 from trainer.losses.base import PerSample, Prepared, Round, units
 from trainer.losses.mixture import Mixture, Term
 from trainer.samples import Sample
 
-_TAG = "deepspeed"
-_RANDOM = "random.safetensors"
-_OBJECTIVES = "objectives.json"
+_RANDOM = "random"
+_WRITE_SECONDS = 1800.0
+"""How long all ranks together may take to write a training checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,13 @@ class Learner:
         self.steps_done = steps_done
         """Optimizer steps since the base model."""
         self._states = {term.objective.name: term.objective.initial_state() for term in objective.terms}
-        model = objective.load(path)
-        self._groups = objective.parameter_groups(model, learning_rate)
-        optimizer = torch.optim.AdamW(
-            [{"params": group.parameters, "lr": group.learning_rate} for group in self._groups],
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_epsilon,
-            weight_decay=settings.weight_decay,
-            fused=True,  # no temporaries of the size of the model
-        )
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=_config(settings))
-        self._model: Any = self._engine.module
+        self._model: Any = objective.load(path)
+        self._shapes = {name: list(p.shape) for name, p in self._model.named_parameters() if p.requires_grad}
+        self._groups = objective.parameter_groups(self._model, learning_rate)
+        self._engine = Engine(self._model, self._groups, settings)
+        self._writing = Background("checkpoint-writer")
+        self._captured = threading.Event()
+        self._captured.set()
 
     def learn(
         self,
@@ -136,7 +133,11 @@ class Learner:
 
         def evaluate(function: Callable[[Any, Batch], Tensor], wanted: Sequence[Sample]) -> dict[str, Tensor]:
             return inference.per_token(
-                function, self._model, wanted, max_tokens=self._settings.micro_batch_tokens, stop=stop
+                lambda batch: self._engine.call(function, batch),
+                wanted,
+                device=self._engine.device,
+                max_tokens=self._settings.micro_batch_tokens,
+                stop=stop,
             )
 
         rounds, prepared = {}, {}
@@ -156,16 +157,19 @@ class Learner:
         number: int,
         count: int,
     ) -> StepReport:
-        self._set_learning_rates()
+        if ranks.count() > 1 and ranks.any_of(stop()):
+            raise runtime.Stopped
         total, measured = 0.0, dict[str, float]()
-        for term in self._objective.terms:
-            if mine := term.mine(samples):
-                name = term.objective.name
-                loss, measures = self._accumulate(term, mine, rounds[name], prepared[name], stop)
-                total += term.weight * loss
-                measured |= self._named(term, {"loss": loss, **measures})
-        self._engine.step()
-        grad_norm = float(self._engine.get_global_grad_norm())
+        with self._engine.accumulating():
+            for term in self._objective.terms:
+                if mine := term.mine(samples):
+                    name = term.objective.name
+                    loss, measures = self._accumulate(term, mine, rounds[name], prepared[name], stop)
+                    total += term.weight * loss
+                    measured |= self._named(term, {"loss": loss, **measures})
+        # What is being saved is read out of the memory that the optimizer is about to change.
+        self._captured.wait()
+        grad_norm = self._engine.step(self._learning_rates())
         self._require_finite("gradient norm", grad_norm)
         self.steps_done += 1
         return StepReport(number, count, len(samples), total, grad_norm, measured)
@@ -173,75 +177,117 @@ class Learner:
     def _accumulate(
         self, term: Term, samples: Sequence[Sample], round: Round, prepared: Prepared, stop: Callable[[], bool]
     ) -> tuple[float, dict[str, float]]:
-        """Adds the gradient of one term of a step to the others'. Returns its mean loss and measures."""
+        """Adds the gradient of one term of a step to the others'. Returns its mean loss and measures, of all ranks."""
         objective, budget = term.objective, self._settings.micro_batch_tokens
         constants = {**prepared.constants, **objective.before_step(round, samples)}
         given = {"reference": round.reference, **prepared.given} if round.reference else prepared.given
         size = sum(map(units, samples))
-        losses: list[float] = []
-        measures: dict[str, list[float]] = {}
-        for micro in batches.micro_batches(samples, budget):
-            if stop():
+        total, measures = 0.0, dict[str, list[float]]()
+        for rows, counts in batches.shared(samples, budget, ranks.rank(), ranks.count()):
+            if ranks.count() == 1 and stop():
                 raise runtime.Stopped
-            batch = batches.collate(micro, given).to(self._engine.device)
-            with self._recomputing(batch.tokens > budget):
-                found = objective.loss(self._model, batch, constants)
+            batch = batches.collate(rows, given).to(self._engine.device)
+            with self._recomputing(self._settings.gradient_checkpointing or batch.tokens > budget):
+                found = self._engine.call(objective.loss, batch, constants)
                 loss = (found.losses * found.weights).sum() * term.weight / size
-                self._require_finite("loss", loss.item())
-                self._engine.backward(loss, scale_wrt_gas=False)
-            losses += found.losses.detach().tolist()
-            for name, values in found.measures.items():
-                measures.setdefault(name, []).extend(values.tolist())
-        means = {name: sum(values) / len(values) for name, values in measures.items() if values}
-        return sum(losses) / size, means
+                self._engine.backward(loss * counts)
+            if counts:
+                total += found.losses.detach().sum().item()
+                for name, values in found.measures.items():
+                    _add(measures, name, values.sum().item(), values.numel())
+        everywhere = dict[str, list[float]]()
+        for loss_there, measures_there in ranks.gather([total, measures]):
+            _add(everywhere, "", loss_there, 0)
+            for name, (value, number) in measures_there.items():
+                _add(everywhere, name, value, number)
+        mean_loss = everywhere.pop("")[0] / size
+        self._require_finite("loss", mean_loss)
+        return mean_loss, {name: value / number for name, (value, number) in everywhere.items() if number}
 
     def probe(self, prompt: Sequence[int], continuation: Sequence[int]) -> list[float]:
         """Log-probability of every token of `continuation` after `prompt`, for a policy."""
-        return models.continuation_logprobs(self._model, prompt, continuation)
+        return self._engine.call(models.continuation_logprobs, prompt, continuation)
 
     def probe_score(self, tokens: Sequence[int]) -> float:
         """Score at the last of `tokens`, for a reward model."""
-        return models.sequence_score(self._model, tokens)
+        return self._engine.call(models.sequence_score, tokens)
 
     def write_model(self, folder: Path) -> None:
-        """Writes weights (bf16, safetensors) and configuration, as Transformers reads them."""
-        self._model.save_pretrained(folder)
+        """Writes weights (bf16, safetensors) and configuration, as Transformers reads them. Rank 0 does; with stage 3
+        it holds them all meanwhile, once, and no other rank more than one parameter.
+        """
+        if self._engine.stage < 3:
+            if ranks.lead():
+                self._model.save_pretrained(folder)
+            return
+        saved = self._model.state_dict().keys()
+        state = {name: buffer for name, buffer in self._model.named_buffers() if name in saved}
+        for name, _ in self._model.named_parameters():
+            with self._engine.gathered(name) as weights:
+                if ranks.lead():
+                    state[name] = weights.cpu().clone()
+        if ranks.lead():
+            self._model.save_pretrained(folder, state_dict=state)
 
-    def save(self, folder: Path) -> None:
-        """Writes weights, master weights, optimizer, random state and the objectives' states into `folder`."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-        save_file({"cpu": torch.get_rng_state()}, folder / _RANDOM)
-        (folder / _OBJECTIVES).write_text(json.dumps(self._states))
+    def save(self, folder: Path) -> Background:
+        """Writes master weights, optimizer, random state and the objectives' states into `folder`, in the background;
+        wait for the end of what it returns. Meanwhile the learner may learn: its next step of the optimizer waits until
+        all is read out of memory.
+        """
+        rank, files = ranks.rank(), 1 if self._engine.stage == 0 else ranks.count()
+        self.wait_saved()
+        fragments, random_state = self._engine.fragments(), torch.get_rng_state().clone()
+        index = {
+            "files": files,
+            "shapes": self._shapes,
+            "optimizer_steps": self._engine.optimizer_steps,
+            "objectives": self._states,
+        }
+        self._captured.clear()
+
+        def write() -> None:
+            if rank < files:
+                shards.write(folder / shards.file_name(rank), fragments, {_RANDOM: random_state}, self._captured.set)
+            self._captured.set()
+            if rank == 0:
+                shards.write_index(folder, index)
+                shards.await_all(folder, files, _WRITE_SECONDS)
+
+        self._writing.submit(write)
+        return self._writing
+
+    def wait_saved(self) -> None:
+        """Waits until what was saved is written. Raises what kept it from that."""
+        self._writing.wait()
 
     def restore(self, folder: Path) -> None:
-        """Takes on the weights, optimizer and random state saved in `folder`, bit for bit; `steps_done` is the caller's
-        to keep. Raises `errors.CorruptCheckpoint`.
+        """Takes on the weights, optimizer and random state saved in `folder` by any number of ranks, at any stage, bit
+        for bit; `steps_done` is the caller's to keep. Raises `errors.CorruptCheckpoint`.
         """
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
-        if path is None:
+        found = shards.Shards(folder)
+        if {name: list(shape) for name, shape in found.shapes.items()} != self._shapes:
             raise errors.CorruptCheckpoint(
                 f"{folder} holds no state of this model.", remedy="Was it written with another base model?"
             )
-        torch.set_rng_state(load_file(folder / _RANDOM)["cpu"])
-        # Checkpoints of the first release have none; its one objective had no state.
-        if (states := folder / _OBJECTIVES).exists():
-            self._states |= json.loads(states.read_text())
+        for fragment in self._engine.fragments():
+            found.fill(fragment)
+        self._engine.restored(found.index["optimizer_steps"])
+        torch.set_rng_state(found.more(_RANDOM, ranks.rank()))
+        self._states |= found.index["objectives"]
 
     def close(self) -> None:
-        """Frees everything."""
-        self._engine.destroy()
-        # Its hooks and its model refer to each other; without this the weights live on until some later collection.
-        self._engine.optimizer = None
-        self._engine.module = None
-        self._engine = self._model = None
-        runtime.free_memory()
+        """Frees everything, when all that is being saved is written."""
+        try:
+            self._writing.close()
+        finally:
+            self._engine.close()
+            self._model = None
+            runtime.free_memory()
 
-    def _set_learning_rates(self) -> None:
+    def _learning_rates(self) -> list[float]:
         warmup = self._settings.warmup_steps
         factor = min(1.0, (self.steps_done + 1) / warmup) if warmup else 1.0
-        for group, wanted in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
-            frozen = self.steps_done < wanted.frozen_steps
-            group["lr"] = 0.0 if frozen else wanted.learning_rate * factor
+        return [0.0 if self.steps_done < group.frozen_steps else group.learning_rate * factor for group in self._groups]
 
     def _named(self, term: Term, measures: Mapping[str, float]) -> dict[str, float]:
         """Measures as they are reported: in a mixture, each under the objective's name."""
@@ -283,23 +329,8 @@ def _means(reports: Sequence[StepReport]) -> dict[str, float]:
     }
 
 
-def _config(settings: LearningSettings) -> dict[str, Any]:
-    return {
-        # Micro-batches differ in size, so the end of a step is ours to say: with these three, `step()` is the end.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": settings.max_grad_norm,
-        "bf16": {"enabled": True},
-        # With stage 1 and fp32, DeepSpeed 0.19.8 adds up micro-batches wrongly (those before the last count again).
-        "data_types": {"grad_accum_dtype": "fp32" if settings.zero_stage == 2 else "bf16"},
-        "zero_optimization": {
-            "stage": settings.zero_stage,
-            "overlap_comm": False,
-            "contiguous_gradients": False,
-            "reduce_bucket_size": 50_000_000,
-            "allgather_bucket_size": 50_000_000,
-        },
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
+def _add(sums: dict[str, list[float]], name: str, value: float, number: int) -> None:
+    """Adds to a sum, and to what it is of."""
+    found = sums.setdefault(name, [0.0, 0])
+    found[0] += value
+    found[1] += number

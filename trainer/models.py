@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,14 @@ def values(critic: Any, batch: Batch) -> Tensor:
     return output.squeeze(1).float()
 
 
+_POLICY, _CRITIC = "policy.", "critic."
+
+
+def policy_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of the weights of an `ActorCritic`, those of the policy, under the policy's own names; others as they are."""
+    return {name.removeprefix(_POLICY): value for name, value in weights.items() if not name.startswith(_CRITIC)}
+
+
 class ActorCritic(torch.nn.Module):
     """A policy and a critic that learn together. To everything that asks for log-probabilities it is the policy."""
 
@@ -136,9 +144,9 @@ class ActorCritic(torch.nn.Module):
         """The policy's head."""
         return self.policy.get_output_embeddings()
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Writes the policy; the critic stays in training checkpoints."""
-        self.policy.save_pretrained(folder)
+        self.policy.save_pretrained(folder, state_dict=None if state_dict is None else policy_weights(state_dict))
 
     def gradient_checkpointing_enable(self, arguments: dict[str, Any]) -> None:
         """Of both."""

@@ -6,8 +6,15 @@ import ctypes
 import gc
 import logging
 import os
+import warnings
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
-from thumbwheel import errors
+if TYPE_CHECKING:
+    import torch
+
+_RANK_TIMEOUT = timedelta(minutes=30)
+"""How long ranks wait for each other before they give up."""
 
 
 class Stopped(Exception):
@@ -39,32 +46,25 @@ def choose_accelerator() -> bool:
 
 
 def prepare(threads: int) -> None:
-    """Sets up torch and DeepSpeed for one rank; once a process. `threads` as in the settings.
+    """Sets up torch and DeepSpeed for this rank; once a process. `threads` as in the settings.
 
-    Under `torchrun` its variables are used; otherwise the process is a group of one, without any port. Raises
-    `errors.FailedPrecondition` for more than one rank.
+    Under `torchrun` its variables are used; otherwise the process is a group of one, without any port.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size != 1:
-        raise errors.FailedPrecondition(
-            f"WORLD_SIZE is {world_size}, but the trainer runs as one rank.", remedy="Use torchrun --nproc-per-node 1."
-        )
     import torch
     import torch.distributed
     from torch.utils import deterministic
 
     on_gpu = choose_accelerator()
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(_threads(threads, on_gpu))
     torch.use_deterministic_algorithms(True, warn_only=on_gpu)
     # Filling fresh memory costs time and changes nothing where all of it is written before it is read.
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # missing in its stub
-    # Training checkpoints are hashed; a checksum inside them as well would double the time to write one.
-    torch.serialization.set_crc32_options(False)
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not torch.distributed.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-            torch.distributed.init_process_group(backend)
+            torch.distributed.init_process_group(backend, timeout=_RANK_TIMEOUT)
         else:
             store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # public, but its stub does not say so
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -75,6 +75,26 @@ def prepare(threads: int) -> None:
     os.environ.setdefault("MASTER_PORT", "29500")
     _quiet_deepspeed()
     quiet_transformers()
+
+
+def _threads(wanted: int, on_gpu: bool) -> int:
+    """Threads of this rank. Ranks that share a machine's cores get some of their own, which they stay on."""
+    import torch
+
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local == 1 or on_gpu:
+        return wanted or torch.get_num_threads()
+    cores, rank = sorted(os.sched_getaffinity(0)), int(os.environ["LOCAL_RANK"])
+    mine = cores[rank * len(cores) // local : (rank + 1) * len(cores) // local] or cores
+    os.sched_setaffinity(0, mine)
+    return wanted or len(mine)
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def quiet_transformers() -> None:
@@ -89,8 +109,10 @@ def _quiet_deepspeed() -> None:
     import deepspeed
     from deepspeed.utils import logger
 
-    # Compiled at first use, for a minute, with a compiler that may not be there; one rank has nobody to share with.
+    # Compiled at first use, for a minute, with a compiler that may not be there.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It calls what torch has renamed.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.[a-z_]+` is deprecated", FutureWarning)
     # It writes to standard output, in a format of its own.
     logger.handlers.clear()
     logger.propagate = True

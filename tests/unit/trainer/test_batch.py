@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,6 +191,7 @@ def test_what_is_given_goes_with_its_token(shapes: list[tuple[int, list[int]]], 
         assert layout.lengths.tolist() == [len(response) for row in rows for response in row.responses]
 
 
+@pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("budget", [1, 40, 100_000])
 def test_logprobs_and_values_of_every_layout_equal_those_of_plain_sequences(
     budget: int, policy_path: Path, reward_path: Path
@@ -197,8 +200,17 @@ def test_logprobs_and_values_of_every_layout_equal_those_of_plain_sequences(
     model = models.load_causal(policy_path).double().eval()
     critic = models.load_scorer(reward_path).double().eval()
     samples: list[Sample] = [*make_groups(3), *make_thumbs(3), *make_demonstrations(2), *make_samples(2)]
-    found = inference.per_token(models.response_token_logprobs, model, samples, max_tokens=budget, stop=lambda: False)
-    values = inference.per_token(models.values, critic, samples, max_tokens=budget, stop=lambda: False)
+
+    def asked(function: Callable[[Any, batch.Batch], Tensor], of: Any) -> dict[str, Tensor]:
+        return inference.per_token(
+            lambda layout: function(of, layout),
+            samples,
+            device=torch.device("cpu"),
+            max_tokens=budget,
+            stop=lambda: False,
+        )
+
+    found, values = asked(models.response_token_logprobs, model), asked(models.values, critic)
     for sample in samples:
         plain, states = [], []
         for response in sample.responses:

@@ -1,0 +1,56 @@
+"""Work that goes on beside learning: in order, one after another, and none of it fails unheard."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+_NICENESS = 10
+
+
+class Background:
+    """A thread of its own, which gives way to those that compute."""
+
+    def __init__(self, name: str) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=_give_way)
+        self._futures: list[Future[None]] = []
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Does `work` after all that was submitted before; not at all, where that failed."""
+        self.check()
+        before = list(self._futures)
+
+        def run() -> None:
+            for future in before:
+                future.result()
+            work()
+
+        self._futures.append(self._executor.submit(run))
+
+    def check(self) -> None:
+        """Raises what work failed with."""
+        for future in [future for future in self._futures if future.done()]:
+            future.result()
+            self._futures.remove(future)
+
+    def wait(self) -> None:
+        """Waits for all of it. Raises what it failed with. Every piece of work has deadlines of its own."""
+        for future in list(self._futures):
+            future.result()
+        self.check()
+
+    def close(self) -> None:
+        """Waits, and ends the thread."""
+        try:
+            self.wait()
+        finally:
+            self._executor.shutdown()
+
+
+def _give_way() -> None:
+    # Linux has a niceness for each thread.
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
