@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
@@ -26,6 +27,10 @@ logger = logging.getLogger("trainer")
 
 def main(settings: TrainerSettings, stop: threading.Event) -> None:
     """Publishes version 0 where asked to; then learns until `stop`."""
+    if not settings.init_only and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise errors.FailedPrecondition(
+            "The continuous trainer runs as one rank.", remedy="Use torchrun --nproc-per-node 1."
+        )
     from thumbwheel.auth import ManifestSigner, ManifestVerifier
     from thumbwheel.checkpoints.store import LocalStore
 

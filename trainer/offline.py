@@ -89,15 +89,20 @@ def run(settings: OfflineSettings, stop: Callable[[], bool]) -> None:
         raise errors.Conflict(f"{settings.output_path} is there already.", remedy="Name another folder by --output.")
     base_model = base.fetch(settings.base_model or None, progress=sys.stderr.isatty())
     plan = _plan(terms, records, base_model, settings, stop)
+    say = print if runtime.is_lead() else _nothing
     for about, text in plan.lines(settings, base_model):
-        print(f"{about:<12}{text}", flush=True)
+        say(f"{about:<12}{text}", flush=True)
     if settings.dry_run:
-        print("Nothing was learnt: this was a dry run.")
+        say("Nothing was learnt: this was a dry run.")
         return
     with _start(base_model, role) as start:
         measured = _learn(plan.samples, start, settings, role, stop)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
-    print(f"{'learnt':<12}{shown}\n{'written':<12}{settings.output_path}")
+    say(f"{'learnt':<12}{shown}\n{'written':<12}{settings.output_path}")
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """What ranks but the first say."""
 
 
 def _plan(
@@ -172,15 +177,20 @@ def _learn(
     wanted = objective.referenced(samples)
     reference = reference_logprobs(start, wanted, max_tokens=settings.micro_batch_tokens, stop=stop) if wanted else {}
     learner = Learner(objective, start, settings, learning_rate=settings.learning_rate)
+    lead = runtime.is_lead()
     with progress.line(settings.objective) as on_step:
 
         def report(step: StepReport) -> None:
-            if not sys.stderr.isatty():
+            if lead and not sys.stderr.isatty():
                 logger.info("step", extra=progress.fields(step))
-            on_step(step)
+            if lead:
+                on_step(step)
 
         measured = learner.learn(samples, reference, round_number=1, stop=stop, on_step=report)
-    _write(learner, start, settings, {"counts": _by_kind(samples), "metrics": measured, **_lineage(settings)})
+    if lead:
+        _write(learner, start, settings, {"counts": _by_kind(samples), "metrics": measured, **_lineage(settings)})
+    else:
+        learner.write_model(Path())  # it takes part, and writes nothing
     learner.close()
     return measured
 

@@ -33,6 +33,11 @@ def before_imports() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def is_lead() -> bool:
+    """Whether this process is rank 0, or the only one; known before anything is set up."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def choose_accelerator() -> bool:
     """Tells DeepSpeed to compute on the CPU where there is no GPU, before it is loaded, or Transformers loads it. True
     for a GPU.

@@ -186,7 +186,7 @@ class Task:
         manifest = self._manifest(state, len(samples), ids, measured)
 
         def fill(folder: Path) -> None:
-            learner.save(folder)
+            learner.save(folder).wait()
             self._buffer.save(folder)
             (folder / STATE).write_text(state.to_json())
             (folder / VERSION).write_text(json_format.MessageToJson(manifest))

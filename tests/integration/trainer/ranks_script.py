@@ -8,6 +8,7 @@ that after the first round, instead of learning it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -23,10 +24,12 @@ def run(model: Path, folder: Path, stage: int, checkpoint: Path | None) -> None:
     from trainer.config import TrainerSettings
     from trainer.learner import Learner
 
-    settings = TrainerSettings(batch_size=6, micro_batch_tokens=80, beta=0.5, zero_stage=stage, warmup_steps=3)
+    settings = TrainerSettings.model_validate(
+        {"batch_size": 6, "micro_batch_tokens": 80, "beta": 0.5, "zero_stage": stage, "warmup_steps": 3}
+    )
     objective = losses.objective("dpo", ModelRole.MODEL_ROLE_POLICY, settings)
     # Everybody has to make the same ids.
-    samples = [sample_with_id(sample, number) for number, sample in enumerate(make_samples(30))]
+    samples = [dataclasses.replace(sample, id=f"sample-{n:03d}") for n, sample in enumerate(make_samples(30))]
     reference = with_sums(samples, -40.0, -42.0)
 
     def learner(steps_done: int = 0) -> Learner:
@@ -58,13 +61,6 @@ def run(model: Path, folder: Path, stage: int, checkpoint: Path | None) -> None:
     resumed.close()
     if ranks.lead():
         (made / "reports.json").write_text(json.dumps(reports))
-
-
-def sample_with_id(sample: object, number: int) -> object:
-    """The same sample, under an id that follows from its number."""
-    import dataclasses
-
-    return dataclasses.replace(sample, id=f"sample-{number:03d}")  # type: ignore[type-var]
 
 
 if __name__ == "__main__":

@@ -1,17 +1,12 @@
-"""One rank, or a clear error."""
+"""What a process is set up for."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from thumbwheel import errors
 from trainer import runtime
-
-
-def test_more_than_one_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(errors.FailedPrecondition, match=r"WORLD_SIZE is 2.*--nproc-per-node 1"):
-        runtime.prepare(threads=0)
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -21,3 +16,17 @@ def test_the_process_is_a_group_of_one_and_deterministic() -> None:
     assert torch.distributed.get_world_size() == 1
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(("rank", "cores"), [("0", {4, 5}), ("1", {6, 7, 9})])
+def test_ranks_of_a_machine_stay_on_cores_of_their_own(
+    rank: str, cores: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[set[int]] = []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 5, 6, 7, 9})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, mine: taken.append(set(mine)))
+    assert runtime._threads(0, on_gpu=False) == len(cores)
+    assert runtime._threads(1, on_gpu=False) == 1
+    assert taken == [cores, cores]
