@@ -138,7 +138,7 @@ async def _import(
 ) -> None:
     from services.collector.exchange.importing import Source, import_file
     from services.collector.exchange.report import refusals
-    from services.collector.ledger import Curator
+    from services.collector.intake import Curator
     from services.collector.rights.tenants import Tenants
     from thumbwheel.auth import ReceiptKey
 

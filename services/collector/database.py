@@ -47,12 +47,16 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 class _Write:
     """A write that waits for its turn."""
 
-    work: Callable[[Any], Any]
+    work: Callable[..., Any]
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Any]
-    queued_at: float = field(default_factory=time.perf_counter)
+    item: Any = None
+    """What `work` is called with, together with those of its neighbours of the same work; None: it takes none."""
+
     alone: bool = False
     """Not in a transaction, and not beside any other write."""
+
+    queued_at: float = field(default_factory=time.perf_counter)
 
 
 class _Outcome(NamedTuple):
@@ -99,15 +103,20 @@ class Database:
         wait, and `errors.DeadlineExceeded`, after which the write may still be made. `work` may run twice, of which
         only the last run counts.
         """
-        if self._closed:
-            raise errors.Unavailable("The collector is stopping.", remedy="Send it again.")
-        if self._queue.qsize() >= self._max_pending:
-            raise errors.ResourceExhausted(
-                f"{self._max_pending} writes wait for the database.",
-                retry_after=1.0,
-                remedy="Send it again in a second, with the same key.",
-            )
+        self._admit()
         return await self._wait(self._enqueue(work))
+
+    async def write_with_others(self, work: Callable[[Connection, Sequence[Any]], Sequence[Any]], item: Any) -> Any:
+        """As `write`, for work that does many things as cheaply as one: it is called once for the items that wait side
+        by side, and returns of each, in order, what it came to, or the `errors.ThumbwheelError` that is raised here.
+
+        An item that comes to an error must have written nothing.
+        """
+        self._admit()
+        result = await self._wait(self._enqueue(work, item=item))
+        if isinstance(result, errors.ThumbwheelError):
+            raise result
+        return result
 
     async def maintain(self, work: Callable[[Any], T]) -> T:
         """Runs `work` on the driver's own connection, in no transaction, while nothing else writes, and returns what it
@@ -151,10 +160,20 @@ class Database:
         self._connection.close()
         self._engine.dispose()
 
-    def _enqueue(self, work: Callable[[Any], T], *, alone: bool = False) -> asyncio.Future[T]:
+    def _admit(self) -> None:
+        if self._closed:
+            raise errors.Unavailable("The collector is stopping.", remedy="Send it again.")
+        if self._queue.qsize() >= self._max_pending:
+            raise errors.ResourceExhausted(
+                f"{self._max_pending} writes wait for the database.",
+                retry_after=1.0,
+                remedy="Send it again in a second, with the same key.",
+            )
+
+    def _enqueue(self, work: Callable[..., T], *, item: Any = None, alone: bool = False) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._queue.put(_Write(work, loop, future, alone=alone))
+        self._queue.put(_Write(work, loop, future, item, alone))
         return future
 
     async def _wait(self, future: asyncio.Future[T]) -> T:
@@ -236,28 +255,36 @@ class Database:
         """Runs all in one transaction, and commits. Savepoints cost as much as a small write: first without."""
         try:
             with self._connection.begin():
-                return [self._run(write) for write in batch]
+                return self._run(batch)
         except _Raised as raised:
             if len(batch) == 1:
                 return [_Outcome(batch[0], raised.__cause__)]
         with self._connection.begin():
-            return [self._run_undoably(write) for write in batch]
+            return [outcome for write in batch for outcome in self._run_undoably(write)]
 
-    def _run(self, write: _Write) -> _Outcome:
-        """What the write came to. Raises `_Raised`, and faults of the database: they concern the whole transaction."""
+    def _run(self, batch: Sequence[_Write]) -> list[_Outcome]:
+        """What the writes came to. Raises `_Raised`, and faults of the database: they concern the whole transaction."""
+        outcomes: list[_Outcome] = []
         try:
-            return _Outcome(write, write.work(self._connection))
+            for (work, together), of_work in groupby(batch, key=lambda write: (write.work, write.item is not None)):
+                writes = list(of_work)
+                if together:
+                    results = work(self._connection, [write.item for write in writes])
+                    outcomes += map(_Outcome, writes, results)
+                else:
+                    outcomes += [_Outcome(write, work(self._connection)) for write in writes]
         except DBAPIError:
             raise
         except Exception as error:
             raise _Raised from error
+        return outcomes
 
-    def _run_undoably(self, write: _Write) -> _Outcome:
+    def _run_undoably(self, write: _Write) -> list[_Outcome]:
         try:
             with self._connection.begin_nested():
-                return self._run(write)
+                return self._run([write])
         except _Raised as raised:
-            return _Outcome(write, raised.__cause__)
+            return [_Outcome(write, raised.__cause__)]
 
 
 def _tell(outcomes: Sequence[_Outcome]) -> None:

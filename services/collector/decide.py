@@ -8,19 +8,19 @@ judgements of the group ──▶ curate ──▶ states of the feedback · sam
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 
 from services.collector import emit, outbox, records, standing
 from services.collector.curation import Decision, Reason, State, Vote, curate
-from services.collector.emit import COMPARISON, THUMB, Sample
+from services.collector.emit import COMPARISON, THUMB, Sample, Voted
 from services.collector.identity import derived
 from services.collector.records import Recorded
 from services.collector.rules import Rules
-from services.collector.standing import Standing
+from services.collector.standing import Fresh, Standing
 from services.collector.tables import decision_votes, decisions, feedback, generations
 from thumbwheel.stream import topics
 from thumbwheel.v1.events_pb2 import GenerationEvent
@@ -48,12 +48,17 @@ _FEEDBACK = (
     .where(feedback.c.feedback_id.in_(bindparam("of_ids", expanding=True)))
     .order_by(feedback.c.feedback_id)
 )
+_INSERT_FEEDBACK = insert(feedback)
 _DECISIONS = select(decisions).where(
     decisions.c.tenant == bindparam("of_tenant"), decisions.c.group_id.in_(bindparam("of_groups", expanding=True))
 )
 _EVENTS = select(generations.c.generation_id, generations.c.event).where(
     generations.c.generation_id.in_(bindparam("of_ids", expanding=True))
 )
+
+
+_Grouped: TypeAlias = tuple[outbox.Event, str]
+"""An event, and the group of prompts that it is about."""
 
 
 class _Outcome(NamedTuple):
@@ -73,24 +78,32 @@ def decide(
     groups: Collection[str],
     *,
     new: Collection[str] = (),
+    fresh: Sequence[Fresh] = (),
     traceparent: str = "",
 ) -> list[Recorded]:
-    """Curates these groups and publishes what changed. Feedback in `new` is told of whether it changed or not.
+    """Curates these groups and publishes what changed. Feedback in `new` is told of whether it changed or not; `fresh`
+    is written down with what it comes to, and told of.
 
     Returns the feedback that was told of.
     """
     stood = standing.of_groups(connection, tenant, groups, learn_from_cut=rules.learn_from_cut)
-    made = _curated(connection, rules, stood)
-    samples = _samples(stood, made)
-    outcomes = _outcomes(stood, made, samples)
-    told = _put_feedback(connection, stood, outcomes, new)
+    judged = [*stood, *(one.standing for one in fresh)]
+    made = _curated(connection, rules, judged)
+    samples = _samples(judged, made)
+    outcomes = _outcomes(judged, made, samples)
+    told = [*_put_feedback(connection, stood, outcomes, new), *_put_fresh(connection, fresh, outcomes)]
     reasons = {id: outcome.reason for id, outcome in outcomes.items()}
-    events = _put_samples(connection, tenant, groups, samples, reasons)
+    traces = {one.standing.group: one.traceparent for one in fresh}
+    events = _put_samples(connection, tenant, groups, samples, reasons, {f.values["feedback_id"]: f for f in fresh})
+    group_of = {one.vote.feedback_id: one.group for one in judged}
     outbox.add(
         connection,
         [
-            *(records.event_of(recorded, prompt_id, traceparent) for recorded, prompt_id in told),
-            *(event._replace(traceparent=traceparent) for event in events),
+            *(
+                records.event_of(one, prompt_id, traces.get(group_of[one.record.feedback_id], traceparent))
+                for one, prompt_id in told
+            ),
+            *(event._replace(traceparent=traces.get(group, traceparent)) for event, group in events),
         ],
     )
     return [recorded for recorded, _ in told]
@@ -128,18 +141,21 @@ def _samples(stood: Iterable[Standing], made: dict[str, Decision]) -> dict[str, 
 
 def _outcomes(stood: Sequence[Standing], made: dict[str, Decision], samples: dict[str, Sample]) -> dict[str, _Outcome]:
     sample_of = {id: sample.id for sample in samples.values() if sample.kind == COMPARISON for id in sample.votes}
-    last = {_judged(vote): vote for vote in sorted((one.vote for one in stood), key=lambda vote: vote.order)}
+    last: dict[object, str] = {}
+    if any(decision.reason is Reason.SUPERSEDED for decision in made.values()):
+        in_order = sorted((one.vote for one in stood), key=lambda vote: vote.order)
+        last = {_judged(vote): vote.feedback_id for vote in in_order}
     outcomes = {}
     for one in stood:
         id = one.vote.feedback_id
         decision = made[id]
-        superseded = decision.reason == Reason.SUPERSEDED
+        superseded = decision.reason is Reason.SUPERSEDED
         outcomes[id] = _Outcome(
             state="SUPERSEDED" if superseded else decision.state.value,
             reason=decision.reason.value,
             weight=decision.weight,
             comparison_id=sample_of.get(id, one.comparison_id),
-            superseded_by=last[_judged(one.vote)].feedback_id if superseded else "",
+            superseded_by=last[_judged(one.vote)] if superseded else "",
         )
     return outcomes
 
@@ -159,7 +175,7 @@ def _put_feedback(
         one.vote.feedback_id: _Outcome(one.state, one.reason, one.weight, one.comparison_id, one.superseded_by)
         for one in stood
     }
-    changed = [id for id, outcome in outcomes.items() if id in new or outcome != before[id]]
+    changed = [id for id, stood_as in before.items() if id in new or outcomes[id] != stood_as]
     if not changed:
         return []
     connection.execute(
@@ -174,13 +190,29 @@ def _put_feedback(
     return [(records.recorded(row, changed=True), row.prompt_id) for row in rows]
 
 
+def _put_fresh(
+    connection: Connection, fresh: Sequence[Fresh], outcomes: dict[str, _Outcome]
+) -> list[tuple[Recorded, str]]:
+    """Writes down what is being recorded with what it came to, and returns it with the prompt it is about."""
+    if not fresh:
+        return []
+    for one in fresh:
+        outcome = outcomes[one.values["feedback_id"]]
+        one.values.update(outcome._asdict())
+        one.values["comparison_id"] = outcome.comparison_id or None
+        one.values["superseded_by"] = outcome.superseded_by or None
+    connection.execute(_INSERT_FEEDBACK, [one.values for one in fresh])
+    return [(records.new(one.values, one.body), one.values["prompt_id"]) for one in fresh]
+
+
 def _put_samples(
     connection: Connection,
     tenant: str,
     groups: Collection[str],
     samples: dict[str, Sample],
     reasons: dict[str, str],
-) -> list[outbox.Event]:
+    fresh: Mapping[str, Fresh],
+) -> list[_Grouped]:
     """Writes what is learnt from, and returns what is to be published: first what is taken back."""
     rows = connection.execute(_DECISIONS, {"of_tenant": tenant, "of_groups": list(groups)})
     before = {row.sample_id: row for row in rows}
@@ -194,13 +226,11 @@ def _put_samples(
         return []
     events = _retract(connection, tenant, gone, reasons) if gone else []
     if come:
-        events += _accept(connection, tenant, come, {id: row.revision for id, row in before.items()})
+        events += _accept(connection, tenant, come, {id: row.revision for id, row in before.items()}, fresh)
     return events
 
 
-def _retract(
-    connection: Connection, tenant: str, gone: Sequence[Row[Any]], reasons: dict[str, str]
-) -> list[outbox.Event]:
+def _retract(connection: Connection, tenant: str, gone: Sequence[Row[Any]], reasons: dict[str, str]) -> list[_Grouped]:
     votes: dict[str, list[str]] = {row.sample_id: [] for row in gone}
     rests = select(decision_votes).where(decision_votes.c.sample_id.in_(list(votes)))
     for row in connection.execute(rests.order_by(decision_votes.c.sample_id, decision_votes.c.place)):
@@ -211,7 +241,7 @@ def _retract(
         why = reasons[rests_on[0]] if all(id in reasons for id in rests_on) else RETRACTED_BY_USER
         revision = row.revision + 1
         event = emit.retracted(row.sample_id, row.kind, revision, tenant, row.prompt_id, rests_on, why)
-        events.append(_to_publish(event, row.kind))
+        events.append((_to_publish(event, row.kind), row.group_id))
         values.append({"id": row.sample_id, "to_reason": why, "to_revision": revision, "now": outbox.now_micros()})
     connection.execute(
         update(decisions)
@@ -229,9 +259,13 @@ def _retract(
 
 
 def _accept(
-    connection: Connection, tenant: str, come: Sequence[Sample], revisions: dict[str, int]
-) -> list[outbox.Event]:
-    bodies = _votes(connection, come)
+    connection: Connection,
+    tenant: str,
+    come: Sequence[Sample],
+    revisions: dict[str, int],
+    fresh: Mapping[str, Fresh],
+) -> list[_Grouped]:
+    bodies = _votes(connection, come, fresh)
     wanted = {id for sample in come for id in (sample.chosen, sample.rejected) if id}
     found = connection.execute(_EVENTS, {"of_ids": list(wanted)})
     known = {id: GenerationEvent.FromString(data) for id, data in found}
@@ -242,9 +276,9 @@ def _accept(
     events, rows, rests, now = [], [], [], outbox.now_micros()
     for sample in come:
         first, revision = bodies[sample.votes[0]], revisions.get(sample.id, 0) + 1
-        received_at = max(bodies[id].received_at for id in sample.votes)
-        voted = emit.Voted(Feedback.FromString(first.body), first.kind, received_at, first.propensity)
-        events.append(_to_publish(emit.accepted(sample, revision, tenant, voted, known), sample.kind))
+        voted = first._replace(received_at=max(bodies[id].received_at for id in sample.votes))
+        event = emit.accepted(sample, revision, tenant, voted, known)
+        events.append((_to_publish(event, sample.kind), sample.group))
         rows.append(
             {
                 "sample_id": sample.id,
@@ -265,11 +299,17 @@ def _accept(
     return events
 
 
-def _votes(connection: Connection, come: Iterable[Sample]) -> dict[str, Row[Any]]:
+def _votes(connection: Connection, come: Iterable[Sample], fresh: Mapping[str, Fresh]) -> dict[str, Voted]:
     """The feedback that samples rest on, by id."""
     ids = {id for sample in come for id in sample.votes}
-    rows = connection.execute(_FEEDBACK, {"of_ids": list(ids)})
-    return {row.feedback_id: row for row in rows}
+    voted = {}
+    for id in ids & fresh.keys():
+        values, body, _, _ = fresh[id]
+        voted[id] = Voted(body, values["kind"], values["received_at"], values["propensity"])
+    if older := ids - fresh.keys():
+        for row in connection.execute(_FEEDBACK, {"of_ids": list(older)}):
+            voted[row.feedback_id] = Voted(Feedback.FromString(row.body), row.kind, row.received_at, row.propensity)
+    return voted
 
 
 def _to_publish(event: emit.SampleEvent, kind: str) -> outbox.Event:

@@ -6,6 +6,8 @@ database, so that it is the same after a restart, and with other collectors besi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from sqlalchemy import Connection, bindparam, func, insert, select
 
 from services.collector.curation import CurationSettings, PromptGroups
@@ -17,8 +19,8 @@ MAX_INDEXED = 100_000
 """After a restart, as many prompts, the newest, are looked at for likeness."""
 
 
-_GROUP = select(prompts.c.group_id).where(
-    prompts.c.tenant == bindparam("of_tenant"), prompts.c.prompt_id == bindparam("of_prompt")
+_GROUPS = select(prompts.c.prompt_id, prompts.c.group_id).where(
+    prompts.c.tenant == bindparam("of_tenant"), prompts.c.prompt_id.in_(bindparam("of_prompts", expanding=True))
 )
 _SINCE = (
     select(prompts.c.number, prompts.c.tenant, prompts.c.prompt_id, prompts.c.group_id)
@@ -36,19 +38,17 @@ class Groups:
         # What the index calls a group, where the database knows it by an older prompt that is not indexed.
         self._names: dict[tuple[str, str], str] = {}
 
-    def known(self, connection: Connection, tenant: str, prompt_id: str) -> str | None:
-        """The group of a prompt; None where the prompt is new."""
-        group: str | None = connection.execute(
-            _GROUP, {"of_tenant": tenant, "of_prompt": prompt_id}
-        ).scalar_one_or_none()
-        return group
+    def known(self, connection: Connection, tenant: str, prompt_ids: Sequence[str]) -> dict[str, str]:
+        """The groups of these prompts, by prompt id; those that are new are left out."""
+        rows = connection.execute(_GROUPS, {"of_tenant": tenant, "of_prompts": prompt_ids})
+        return {row.prompt_id: row.group_id for row in rows}
 
     def group_of(self, connection: Connection, event: GenerationEvent) -> str:
         """The group of the prompt that this generation answers; notes it where the prompt is new."""
         tenant, prompt_id = event.tenant, event.generation.prompt_id
-        known = self.known(connection, tenant, prompt_id)
-        if known is not None:
-            return known
+        known = self.known(connection, tenant, [prompt_id])
+        if known:
+            return known[prompt_id]
         self._follow(connection)
         found = self._index.add(tenant, prompt_id, text_of(event.prompt))
         group = self._names.get((tenant, found), found)

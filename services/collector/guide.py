@@ -7,6 +7,7 @@ given. The three aspects below are everybody's; a tenant that declares aspects o
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from sqlalchemy import Connection, delete, insert, select
@@ -81,31 +82,42 @@ def declare(connection: Connection, tenant: str, own: dict[str, str]) -> GetGuid
     return publish(connection, tenant)
 
 
-def check(connection: Connection, submission: Submission) -> None:
-    """Raises `errors.InvalidArgument` for guidelines that were never shown, and aspects that the tenant has not."""
-    wanted = submission.feedback.guidelines_version
+def refused(
+    connection: Connection, tenant: str, submissions: Sequence[Submission]
+) -> list[errors.InvalidArgument | None]:
+    """Of each submission: an error for guidelines that were never shown, or aspects that the tenant has not."""
+    wanted = {one.feedback.guidelines_version for one in submissions} - {""}
+    shown: set[str] = set()
     if wanted:
-        known = select(guidelines.c.number).where(
-            guidelines.c.tenant == submission.tenant, guidelines.c.version == wanted
+        known = select(guidelines.c.version).where(guidelines.c.tenant == tenant, guidelines.c.version.in_(wanted))
+        shown = set(connection.execute(known).scalars())
+    judged = [
+        [aspect.aspect for aspect in getattr(getattr(one.feedback, one.kind), "aspects", ())] for one in submissions
+    ]
+    own: set[str] = set()
+    if any(judged):
+        own = set(connection.execute(select(aspects.c.aspect).where(aspects.c.tenant == tenant)).scalars())
+    return [_refused(one, names, shown, own) for one, names in zip(submissions, judged, strict=True)]
+
+
+def _refused(
+    submission: Submission, judged: Sequence[str], shown: set[str], own: set[str]
+) -> errors.InvalidArgument | None:
+    version = submission.feedback.guidelines_version
+    if version and version not in shown:
+        return errors.InvalidArgument(
+            f"is {version!r}, which was never published.",
+            field="feedback.guidelines_version",
+            remedy="Show people what GetGuidelines returns, and send the version that it names.",
         )
-        if connection.execute(known).scalar_one_or_none() is None:
-            raise errors.InvalidArgument(
-                f"is {wanted!r}, which was never published.",
-                field="feedback.guidelines_version",
-                remedy="Show people what GetGuidelines returns, and send the version that it names.",
-            )
-    path = f"feedback.{submission.kind}.aspects"
-    judged = [aspect.aspect for aspect in getattr(getattr(submission.feedback, submission.kind), "aspects", ())]
-    if not judged:
-        return
-    own = set(connection.execute(select(aspects.c.aspect).where(aspects.c.tenant == submission.tenant)).scalars())
     for index, name in enumerate(judged):
         if own and name not in own and name not in ASPECTS:
-            raise errors.InvalidArgument(
+            return errors.InvalidArgument(
                 f"is {name!r}, which tenant {submission.tenant!r} has not declared.",
-                field=f"{path}[{index}].aspect",
+                field=f"feedback.{submission.kind}.aspects[{index}].aspect",
                 remedy=f"Use one of {', '.join([*ASPECTS, *sorted(own)])}.",
             )
+    return None
 
 
 def _last(connection: Connection, tenant: str) -> GetGuidelinesResponse | None:

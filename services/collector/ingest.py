@@ -22,7 +22,7 @@ from uuid_utils import uuid7
 from services.collector import ledger, metrics, outbox
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
-from services.collector.ledger import Curator
+from services.collector.intake import Curator
 from services.collector.pause import RETRIED, Pause
 from services.collector.records import Recorded
 from services.collector.rights import admission

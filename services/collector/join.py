@@ -7,7 +7,7 @@ a response that is not what its receipt attests, or no consent → APART
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from services.collector.submission import Submission
@@ -28,6 +28,10 @@ class Arrived(NamedTuple):
     prompt_id: str
     text_sha256: bytes
     consent: bool
+    prompt_sha256: bytes | None = None
+    empty: bool = False
+    cut: bool = False
+    version: str = ""
 
 
 class Joined(NamedTuple):
@@ -38,9 +42,8 @@ class Joined(NamedTuple):
     teaches: bool = False
 
 
-def join(submission: Submission, known: Iterable[Arrived]) -> Joined | None:
-    """Where the feedback stands; None where one of its generations has not arrived."""
-    arrived = {one.generation_id: one for one in known}
+def join(submission: Submission, arrived: Mapping[str, Arrived]) -> Joined | None:
+    """Where the feedback stands, by generations by id; None where one of its generations has not arrived."""
     for claims in submission.claims:
         if claims.generation_id not in arrived:
             return None

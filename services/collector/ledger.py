@@ -1,32 +1,24 @@
-"""The record of feedback: what each operation reads and writes, in one transaction together with what is published.
+"""The record of feedback after it is in: taken back, read, and joined to generations that arrive after it.
 
-    submit ──▶ known key?  ──▶ insert ──▶ generations there?  no: HELD, until `store` brings them
-                                              │ yes
-                                              ▼
-                                    join ──▶ the prompt's group ──▶ decide ──▶ outbox
+    store ──▶ which feedback waited for these? ──▶ join ──▶ the prompt's group ──▶ decide ──▶ outbox
 
-Every change of state is told on the `feedback` topic, with the record as it then is and an event id of its own.
+What comes in is recorded by `intake`. Every change of state is told on the `feedback` topic, with the record as it then
+is and an event id of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, insert, select, update
+from sqlalchemy import Connection, Row, insert, select, update
 
-from services.collector import guide, outbox, picked, records, tallies
+from services.collector import intake, outbox, records
 from services.collector.decide import decide
-from services.collector.groups import Groups
-from services.collector.identity import Arrival, derived
-from services.collector.join import AWAITING, Arrived, Joined, join
-from services.collector.judgement import Judgement, judgement_of
+from services.collector.intake import Curator
+from services.collector.join import Joined, join
 from services.collector.records import Recorded
-from services.collector.rights import tombstones
-from services.collector.rules import Rules
 from services.collector.submission import Submission, receipts_of
 from services.collector.tables import feedback, feedback_generations, generations, held
 from services.collector.tables import outbox as outbox_table
@@ -35,81 +27,7 @@ from thumbwheel.v1.events_pb2 import GenerationEvent
 from thumbwheel.v1.policy_pb2 import FinishReason, ReceiptClaims
 from thumbwheel.v1.preference_pb2 import Feedback, FeedbackRecord
 
-HELD, RETRACTED, RETRACTED_BY_USER, WITHDRAWN = "HELD", "RETRACTED", "retracted_by_user", "withdrawn"
-
-
-# Built once: building a statement takes longer than running it.
-_BY_KEY = select(feedback).where(
-    feedback.c.tenant == bindparam("of_tenant"), feedback.c.idempotency_key == bindparam("of_key")
-)
-_FIRST_SAMPLE = (
-    select(feedback.c.sample_id)
-    .where(
-        feedback.c.tenant == bindparam("of_tenant"),
-        feedback.c.user_id == bindparam("of_user"),
-        feedback.c.item == bindparam("of_item"),
-        feedback.c.outcome == bindparam("of_outcome"),
-    )
-    .order_by(feedback.c.feedback_id)
-    .limit(1)
-)
-_ARRIVED = select(*(generations.c[name] for name in Arrived._fields)).where(
-    generations.c.generation_id.in_(bindparam("of_ids", expanding=True))
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Curator:
-    """By what feedback is judged, and which prompts are alike. For one thread: that of the database's writer."""
-
-    rules: Rules = field(default_factory=Rules)
-    groups: Groups = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "groups", Groups(self.rules.curation))
-
-
-def submit(
-    connection: Connection,
-    curator: Curator,
-    submission: Submission,
-    traceparent: str = "",
-    arrival: Arrival | None = None,
-) -> Recorded:
-    """Records feedback, and joins it where its generations have arrived; else it is held.
-
-    The same submission again changes nothing. `arrival` is given where a record is replayed. Raises `errors.Conflict`
-    where the key was used with another body, and `errors.InvalidArgument` for guidelines, aspects or a propensity that
-    this tenant does not have, and `errors.FailedPrecondition` where the user, or what it is about, was forgotten.
-    """
-    body = submission.feedback
-    key = {"of_tenant": submission.tenant, "of_key": body.idempotency_key}
-    before = connection.execute(_BY_KEY, key).one_or_none()
-    if before is not None:
-        if before.body_sha256 != submission.body_sha256:
-            raise errors.Conflict(
-                f"feedback.idempotency_key: {body.idempotency_key!r} was used before with other content.",
-                remedy="Use a new key for new feedback, and send a repeated one unchanged.",
-            )
-        return records.recorded(before, changed=False)
-    tombstones.refuse(connection, submission)
-    guide.check(connection, submission)
-    arrival = arrival or Arrival.now()
-    id = arrival.feedback_id
-    joined = join(submission, _arrived(connection, [claims.generation_id for claims in submission.claims]))
-    stands: dict[str, Any] = {"state": HELD, "reason": AWAITING, "joined": None, "group_id": None}
-    if joined is not None and joined.teaches:
-        stands |= {"joined": "", "group_id": _group(connection, curator, submission)}
-    elif joined is not None:
-        stands |= {"state": records.name_of(joined.state), "reason": joined.reason, "joined": joined.reason}
-    row = _insert(connection, submission, arrival, stands)
-    if stands["group_id"] is not None:
-        groups = [stands["group_id"]]
-        all_told = decide(connection, curator.rules, submission.tenant, groups, new=[id], traceparent=traceparent)
-        return next(one for one in all_told if one.record.feedback_id == id)
-    told = records.recorded(row, changed=True)
-    outbox.add(connection, [records.event_of(told, submission.prompt_id, traceparent)])
-    return told
+RETRACTED, RETRACTED_BY_USER, WITHDRAWN = "RETRACTED", "retracted_by_user", "withdrawn"
 
 
 def retract(
@@ -187,7 +105,7 @@ def _join_held(connection: Connection, curator: Curator, generation_ids: Sequenc
     waiting = select(feedback).where(held, feedback.c.feedback_id.in_(refers)).order_by(feedback.c.feedback_id)
     submissions = [(row.feedback_id, _submission(row)) for row in connection.execute(waiting).all()]
     wanted = {claims.generation_id for _, submission in submissions for claims in submission.claims}
-    known = _arrived(connection, wanted)
+    known = intake.arrived(connection, wanted)
     ready = [(id, submission, join(submission, known)) for id, submission in submissions]
     return _settle(connection, curator, [(id, one, joined) for id, one, joined in ready if joined is not None])
 
@@ -208,9 +126,14 @@ def _settle(
     """Feedback whose generations are there: what may teach is curated, the rest told of as it is."""
     teaching: dict[tuple[str, str], list[str]] = {}
     aside: list[str] = []
+    prompts: dict[str, list[Submission]] = {}
+    for _, submission, joined in ready:
+        if joined.teaches:
+            prompts.setdefault(submission.tenant, []).append(submission)
+    groups = {tenant: intake.groups_of(connection, curator, tenant, of_one) for tenant, of_one in prompts.items()}
     for id, submission, joined in ready:
         if joined.teaches:
-            group = _group(connection, curator, submission)
+            group = groups[submission.tenant][submission.prompt_id]
             teaching.setdefault((submission.tenant, group), []).append(id)
             connection.execute(
                 update(feedback).where(feedback.c.feedback_id == id).values(joined="", group_id=group, reason="")
@@ -235,69 +158,6 @@ def _settle(
     return sorted(told, key=lambda one: one.record.feedback_id)
 
 
-def _insert(
-    connection: Connection, submission: Submission, arrival: Arrival, stands: dict[str, Any]
-) -> SimpleNamespace:
-    """Writes it down as it `stands`. Returns the row."""
-    body = submission.feedback
-    judgement = judgement_of(submission)
-    user_rank, tenant_rank = tallies.count(connection, submission.tenant, body.user_id, arrival.micros)
-    values: dict[str, Any] = {
-        "feedback_id": arrival.feedback_id,
-        "tenant": submission.tenant,
-        "idempotency_key": body.idempotency_key,
-        "body_sha256": submission.body_sha256,
-        "user_id": body.user_id,
-        "kind": submission.kind,
-        "body": body.SerializeToString(deterministic=True),
-        "prompt_id": submission.prompt_id,
-        **stands,
-        "comparison_id": None,
-        "superseded_by": None,
-        "received_at": arrival.micros,
-        "propensity": picked.propensity_of(connection, submission),
-        "user_rank": user_rank,
-        "tenant_rank": tenant_rank,
-        "released": False,
-        "consent": submission.consent,
-        "weight": 0.0,
-        "revision": 1,
-    }
-    if judgement is not None:
-        values |= judgement._asdict()
-        values["sample_id"] = _sample_id(connection, submission, judgement, arrival)
-    connection.execute(insert(feedback), values)
-    connection.execute(
-        insert(feedback_generations),
-        [
-            {"feedback_id": arrival.feedback_id, "place": place, "generation_id": claims.generation_id}
-            for place, claims in enumerate(submission.claims)
-        ],
-    )
-    return SimpleNamespace(**values)
-
-
-def _sample_id(connection: Connection, submission: Submission, judgement: Judgement, arrival: Arrival) -> str:
-    """What the judgement teaches: the same as an earlier one of this user to the same effect, so that who says a thing
-    twice, or comes back to it, is learnt from once.
-    """
-    of = {"of_tenant": submission.tenant, "of_user": submission.feedback.user_id}
-    of_what = {"of_item": judgement.item, "of_outcome": judgement.outcome}
-    known = connection.execute(_FIRST_SAMPLE, {**of, **of_what}).scalar_one_or_none()
-    return derived(arrival.feedback_id, "sample") if known is None else str(known)
-
-
-def _group(connection: Connection, curator: Curator, submission: Submission) -> str:
-    known = curator.groups.known(connection, submission.tenant, submission.prompt_id)
-    if known is not None:
-        return known
-    generation_id = submission.claims[0].generation_id
-    data = connection.execute(
-        select(generations.c.event).where(generations.c.generation_id == generation_id)
-    ).scalar_one()
-    return curator.groups.group_of(connection, GenerationEvent.FromString(data))
-
-
 def _generation(event: GenerationEvent, now: int) -> dict[str, Any]:
     generation = event.generation
     return {
@@ -314,10 +174,6 @@ def _generation(event: GenerationEvent, now: int) -> dict[str, Any]:
         "cut": generation.finish_reason == FinishReason.FINISH_REASON_LENGTH,
         "version": generation.spans[-1].version[:128] if generation.spans else "",
     }
-
-
-def _arrived(connection: Connection, ids: Collection[str]) -> list[Arrived]:
-    return [Arrived(*row) for row in connection.execute(_ARRIVED, {"of_ids": list(ids)})]
 
 
 def _rows(connection: Connection, ids: Collection[str]) -> Sequence[Row[Any]]:
@@ -337,4 +193,4 @@ def _submission(row: Row[Any]) -> Submission:
     """The submission behind a record: its receipts were verified before it was recorded."""
     body = Feedback.FromString(row.body)
     claims = tuple(ReceiptClaims.FromString(receipt.claims) for _, receipt in receipts_of(body))
-    return Submission(row.tenant, body, row.body_sha256, row.kind, claims, row.consent)
+    return Submission(row.tenant, body, row.body, row.body_sha256, row.kind, claims, row.consent)

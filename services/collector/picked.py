@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from sqlalchemy import Connection, bindparam, insert, select
+from sqlalchemy import Connection, bindparam, insert, select, tuple_
 
 from services.collector.identity import item_of
 from services.collector.outbox import now_micros
@@ -18,10 +19,9 @@ _TOLERANCE = 1e-4
 """A probability travels in 32 bits."""
 
 
-_SHOWN = select(shown.c.first_id, shown.c.propensity).where(
+_SHOWN = select(shown.c.user_id, shown.c.item, shown.c.first_id, shown.c.propensity).where(
     shown.c.tenant == bindparam("of_tenant"),
-    shown.c.user_id == bindparam("of_user"),
-    shown.c.item == bindparam("of_item"),
+    tuple_(shown.c.user_id, shown.c.item).in_(bindparam("of_shown", expanding=True)),
 )
 
 
@@ -62,29 +62,45 @@ def note(connection: Connection, tenant: str, user_id: str, pair: Pair, propensi
     return True
 
 
-def propensity_of(connection: Connection, submission: Submission) -> float | None:
-    """The probability with which what is compared was shown: as it was noted, else as the client says; None: not known.
-
-    Raises `errors.InvalidArgument` where the client says another one than was noted.
+def propensities(
+    connection: Connection, tenant: str, submissions: Sequence[Submission]
+) -> list[float | errors.InvalidArgument | None]:
+    """Of each submission the probability with which what is compared was shown: as it was noted, else as the client
+    says; None: not known. An error where the client says another one than was noted.
     """
-    if submission.kind != "comparison":
-        return None
-    vote = submission.feedback.comparison
-    said = vote.propensity if vote.HasField("propensity") else None
-    pair = Pair(*(claims.generation_id for claims in submission.claims))
-    of = {"of_tenant": submission.tenant, "of_user": submission.feedback.user_id, "of_item": pair.item}
-    row = connection.execute(_SHOWN, of).one_or_none()
-    if row is None:
+    pairs = {
+        number: Pair(*(claims.generation_id for claims in one.claims))
+        for number, one in enumerate(submissions)
+        if one.kind == "comparison"
+    }
+    of = {number: (submissions[number].feedback.user_id, pair.item) for number, pair in pairs.items()}
+    noted: dict[tuple[str, bytes], tuple[str, float]] = {}
+    if of:
+        rows = connection.execute(_SHOWN, {"of_tenant": tenant, "of_shown": list(of.values())})
+        noted = {(user_id, bytes(item)): (first, propensity) for user_id, item, first, propensity in rows}
+    found: list[float | errors.InvalidArgument | None] = [None] * len(submissions)
+    for number, pair in pairs.items():
+        vote = submissions[number].feedback.comparison
+        said = vote.propensity if vote.HasField("propensity") else None
+        found[number] = _propensity(pair, said, noted.get(of[number]))
+    return found
+
+
+def _propensity(
+    pair: Pair, said: float | None, noted: tuple[str, float] | None
+) -> float | errors.InvalidArgument | None:
+    if noted is None:
         return said
-    if row.first_id != pair.first:
+    first, propensity = noted
+    if first != pair.first:
         fault = "belongs to the other order of display."
-    elif said is not None and not math.isclose(said, row.propensity, rel_tol=_TOLERANCE):
-        fault = f"is {said:g}, but NextComparison returned {row.propensity:g}."
+    elif said is not None and not math.isclose(said, propensity, rel_tol=_TOLERANCE):
+        fault = f"is {said:g}, but NextComparison returned {propensity:g}."
     else:
-        return float(row.propensity)
+        return float(propensity)
     if said is None:
         return None
-    raise errors.InvalidArgument(
+    return errors.InvalidArgument(
         fault,
         field="feedback.comparison.propensity",
         remedy="Send the responses in the order in which they were shown, with the propensity they came with, or none.",

@@ -12,6 +12,7 @@ from thumbwheel.v1.events_pb2 import FeedbackEvent
 from thumbwheel.v1.preference_pb2 import Feedback, FeedbackRecord, FeedbackState
 
 _PREFIX = "FEEDBACK_STATE_"
+_STATES = {name.removeprefix(_PREFIX): number for name, number in FeedbackState.items()}
 
 
 class Recorded(NamedTuple):
@@ -29,13 +30,29 @@ def recorded(row: Any, *, changed: bool) -> Recorded:
     return Recorded(record_of(row), row.kind, row.state, changed, row.revision)
 
 
+def new(values: dict[str, Any], body: Feedback) -> Recorded:
+    """What becomes of feedback that is recorded in this operation, in a row of these values."""
+    record = FeedbackRecord(
+        feedback_id=values["feedback_id"],
+        tenant=values["tenant"],
+        feedback=body,
+        state=_STATES[values["state"]],
+        reason=values["reason"],
+        comparison_id=values["comparison_id"],
+        received_at=time_of(values["received_at"]),
+        weight=values["weight"],
+        superseded_by=values["superseded_by"],
+    )
+    return Recorded(record, values["kind"], values["state"], True, values["revision"])
+
+
 def record_of(row: Any) -> FeedbackRecord:
     """The record of a row."""
     return FeedbackRecord(
         feedback_id=row.feedback_id,
         tenant=row.tenant,
         feedback=Feedback.FromString(row.body),
-        state=FeedbackState.Value(_PREFIX + row.state),
+        state=_STATES[row.state],
         reason=row.reason,
         comparison_id=row.comparison_id or "",
         received_at=time_of(row.received_at),

@@ -50,6 +50,8 @@ class Relay:
         self._producer: Producer | None = None
         self._detector: LossDetector | None = None
         self._settle_at = 0.0
+        self._lost = False
+        """A loss was seen, and it is not in the database yet that all is to be published again."""
         self._losses = 0
 
     @property
@@ -186,15 +188,17 @@ class Relay:
             made = topics.topics(partitions=settings.topic_partitions, replication=settings.topic_replication)
             await asyncio.to_thread(log.ensure_topics, made, BROKER_SECONDS)
             ids = await asyncio.to_thread(log.topic_ids, WRITTEN, BROKER_SECONDS)
+        # Seen once, a loss stays one until it is written down: that may fail, and may be a matter of the next process.
+        self._lost |= lost
         if self._detector is None:
-            lost |= await self._resume(ids)
+            self._lost |= await self._resume(ids)
         else:
-            lost |= self._detector.seen(ids)
-        if lost:
+            self._lost |= self._detector.seen(ids)
+        if self._lost:
             # 1. what waits is all there is  2. and belongs to the new topics  3. whose offsets begin anew
             self._losses += 1
             count = await self._database.write(partial(outbox.republish, ids=ids))
-            self._detector = LossDetector(ids)
+            self._detector, self._lost = LossDetector(ids), False
             metrics.LOSSES.inc()
             logger.warning("the broker lost what it held: all is published again", extra={"events": count})
             self._wake.set()

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
-from services.collector import guide, ledger, listing, metrics, outbox
+from services.collector import guide, intake, ledger, listing, metrics, outbox
 from services.collector.asking import Asking
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
 from services.collector.ingest import Ingest
-from services.collector.ledger import Curator
+from services.collector.intake import Curator, Incoming
 from services.collector.raters import Assessor
 from services.collector.records import Recorded
 from services.collector.relay import Relay
@@ -88,6 +88,7 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
         self._database = database
         self._checker = checker
         self._curator = curator
+        self._record = partial(intake.submit, curator=curator)
         self._asking = asking
         self._committed = committed
         self._eraser = eraser
@@ -198,9 +199,7 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
     async def _submit(self, feedback: Feedback, tenant: str, traceparent: str) -> SubmitFeedbackResponse:
         with _counted():
             submission = self._checker.check(feedback, tenant=tenant)
-            recorded = await self._database.write(
-                partial(ledger.submit, curator=self._curator, submission=submission, traceparent=traceparent)
-            )
+            recorded: Recorded = await self._database.write_with_others(self._record, Incoming(submission, traceparent))
         if recorded.changed:
             self._changed(recorded)
         else:

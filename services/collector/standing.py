@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, Select, bindparam, select
@@ -20,7 +21,9 @@ from services.collector.curation import (
     Response,
     Vote,
 )
+from services.collector.join import Arrived
 from services.collector.tables import feedback, feedback_generations, generations, gold, raters
+from thumbwheel.v1.preference_pb2 import Feedback
 
 _REASONS = {reason.value: reason for reason in Reason}
 QUARANTINED, RELEASED = "QUARANTINED", "RELEASED"
@@ -40,6 +43,15 @@ class Standing(NamedTuple):
     comparison_id: str
     superseded_by: str
     released: bool
+
+
+class Fresh(NamedTuple):
+    """A judgement that is being recorded: its row, which is not in the database yet, and how it stands."""
+
+    values: dict[str, Any]
+    body: Feedback
+    standing: Standing
+    traceparent: str
 
 
 _FIELDS = ("feedback_id", "tenant", "user_id", "kind", "prompt_id", "group_id", "item", "choice", "sample_id")
@@ -77,6 +89,27 @@ def of_groups(connection: Connection, tenant: str, groups: Collection[str], *, l
     """The judgements of these groups of prompts, by feedback id."""
     rows = connection.execute(_OF_GROUPS, {"of_tenant": tenant, "of_groups": list(groups)})
     return list(_standings(rows, learn_from_cut))
+
+
+_GOLD = select(gold.c.item, gold.c.chosen).where(
+    gold.c.tenant == bindparam("of_tenant"), gold.c.item.in_(bindparam("of_items", expanding=True))
+)
+
+
+def gold_of(connection: Connection, tenant: str, items: Sequence[bytes]) -> dict[bytes, str]:
+    """Of those items that are control questions, the generation that is better."""
+    if not items:
+        return {}
+    return {bytes(item): chosen for item, chosen in connection.execute(_GOLD, {"of_tenant": tenant, "of_items": items})}
+
+
+def fresh(values: dict[str, Any], seen: Sequence[Arrived], chosen: str | None, learn_from_cut: bool) -> Standing:
+    """How a judgement stands that is being recorded, of generations in the order of display."""
+    responses = [
+        Response(one.generation_id, one.text_sha256, one.empty, one.cut and not learn_from_cut, one.version)
+        for one in seen
+    ]
+    return _standing(SimpleNamespace(**values, prompt_sha256=seen[0].prompt_sha256, chosen=chosen), responses)
 
 
 def everything(connection: Connection, *, learn_from_cut: bool) -> Iterator[tuple[str, Vote]]:
@@ -133,38 +166,40 @@ def _rater(row: Row[Any]) -> Rater:
 def _standings(rows: Iterable[Row[Any]], learn_from_cut: bool) -> Iterator[Standing]:
     for _, of_one in groupby(rows, key=lambda row: row.feedback_id):
         both = list(of_one)
-        row = both[0]
-        responses = [_response(one, learn_from_cut) for one in both]
-        edit = row.kind == "edit"
-        if edit:  # the user's own text stands for the better response
-            responses.insert(0, Response(row.feedback_id, row.edit_sha256))
-        vote = Vote(
-            feedback_id=row.feedback_id,
-            rater=RaterId(row.tenant, row.user_id),
-            prompt_id=row.prompt_id,
-            choice=Choice(row.choice),
-            a=responses[0],
-            b=responses[1] if len(responses) > 1 else None,
-            received_at=row.received_at,
-            prompt_sha256=row.prompt_sha256 or b"",
-            edit=edit,
-            gold=None if row.chosen is None else Choice.A if row.chosen == responses[0].generation_id else Choice.B,
-            user_rank=row.user_rank,
-            tenant_rank=row.tenant_rank,
-        )
-        yield Standing(
-            vote,
-            row.group_id,
-            row.kind,
-            row.item,
-            row.sample_id,
-            row.state,
-            row.reason,
-            row.weight,
-            row.comparison_id or "",
-            row.superseded_by or "",
-            row.released,
-        )
+        yield _standing(both[0], [_response(one, learn_from_cut) for one in both])
+
+
+def _standing(row: Any, responses: list[Response]) -> Standing:
+    edit = row.kind == "edit"
+    if edit:  # the user's own text stands for the better response
+        responses.insert(0, Response(row.feedback_id, row.edit_sha256))
+    vote = Vote(
+        feedback_id=row.feedback_id,
+        rater=RaterId(row.tenant, row.user_id),
+        prompt_id=row.prompt_id,
+        choice=Choice(row.choice),
+        a=responses[0],
+        b=responses[1] if len(responses) > 1 else None,
+        received_at=row.received_at,
+        prompt_sha256=row.prompt_sha256 or b"",
+        edit=edit,
+        gold=None if row.chosen is None else Choice.A if row.chosen == responses[0].generation_id else Choice.B,
+        user_rank=row.user_rank,
+        tenant_rank=row.tenant_rank,
+    )
+    return Standing(
+        vote,
+        row.group_id,
+        row.kind,
+        row.item,
+        row.sample_id,
+        row.state,
+        row.reason,
+        row.weight,
+        row.comparison_id or "",
+        row.superseded_by or "",
+        row.released,
+    )
 
 
 def _response(row: Row[Any], learn_from_cut: bool) -> Response:

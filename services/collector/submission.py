@@ -36,7 +36,12 @@ class Submission:
 
     tenant: str
     feedback: Feedback
+    body: bytes
+    """The feedback, serialised deterministically."""
+
     body_sha256: bytes
+    """Tells a repeated submission from another one with the same key."""
+
     kind: str
     claims: tuple[ReceiptClaims, ...]
     consent: bool
@@ -90,10 +95,9 @@ class Checker:
                 field="feedback.edit.text",
                 remedy="Send the text as changed, or a thumb where it was good.",
             )
-        # Tells a repeated submission from another one with the same key.
-        body_sha256 = hashlib.sha256(feedback.SerializeToString(deterministic=True)).digest()
+        body = feedback.SerializeToString(deterministic=True)
         consent = self.tenants[tenant].consents(feedback.consent if feedback.HasField("consent") else None)
-        return Submission(tenant, feedback, body_sha256, kind, claims, consent)
+        return Submission(tenant, feedback, body, hashlib.sha256(body).digest(), kind, claims, consent)
 
     def _verified(self, receipt: Receipt, field: str, tenant: str) -> ReceiptClaims:
         if receipt == Receipt():

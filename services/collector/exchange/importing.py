@@ -19,13 +19,13 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection
 
-from services.collector import ledger
+from services.collector import intake, ledger
 from services.collector.database import Database
 from services.collector.exchange import reading
 from services.collector.exchange.reading import Line
 from services.collector.exchange.report import Refusals
 from services.collector.exchange.rows import Row, Turn, Unpaired, digest
-from services.collector.ledger import Curator
+from services.collector.intake import Curator, Incoming
 from services.collector.rights import admission
 from services.collector.rights.tenants import Tenants
 from services.collector.submission import Checker, Submission, check_id
@@ -191,13 +191,17 @@ def _put(connection: Connection, curator: Curator, source: Source, batch: Sequen
     """Writes rows in one transaction. Returns "imported", "duplicate", or why a row was refused, for each."""
     arriving = [event for item in batch for event in item.generations]
     ledger.store(connection, curator, admission.admitted(connection, arriving, source.tenants))
-    outcomes = []
-    for item in batch:
-        try:
-            recorded = ledger.submit(connection, curator, item.submission)
-            outcomes.append("imported" if recorded.changed else "duplicate")
-        except errors.Conflict:
-            outcomes.append("duplicate")  # the same row, imported under another name or without consent
-        except errors.FailedPrecondition:
-            outcomes.append("was forgotten")
-    return outcomes
+    results = intake.submit(connection, [Incoming(item.submission) for item in batch], curator)
+    return [_outcome(result) for result in results]
+
+
+def _outcome(result: intake.Result) -> str:
+    match result:
+        case errors.Conflict():
+            return "duplicate"  # the same row, imported under another name or without consent
+        case errors.FailedPrecondition():
+            return "was forgotten"
+        case errors.ThumbwheelError():
+            raise result
+        case _:
+            return "imported" if result.changed else "duplicate"

@@ -61,25 +61,33 @@ def admitted(connection: Connection, events: Sequence[GenerationEvent]) -> list[
     ]
 
 
-def refuse(connection: Connection, submission: Submission) -> None:
-    """Refuses feedback of a forgotten user, and on what was erased. Raises `errors.FailedPrecondition`."""
-    tenant = submission.tenant
-    user, prompt = user_hash(tenant, submission.feedback.user_id), prompt_hash(tenant, submission.prompt_id)
-    there = present(connection, [user, prompt])
-    if user in there:
-        raise _forgotten("feedback.user_id")
-    # A prompt has a tombstone also where a forgotten user judged it before its responses, another user's, had arrived.
-    if (
-        prompt in there
-        and not connection.execute(
-            select(generations.c.generation_id)
-            .where(generations.c.prompt_id == submission.prompt_id, generations.c.tenant == tenant)
-            .limit(1)
-        ).all()
-    ):
-        raise errors.FailedPrecondition(
-            "feedback: the response it is about was erased.", remedy="Leave it; there is nothing left to judge."
-        )
+def refused(
+    connection: Connection, tenant: str, submissions: Sequence[Submission]
+) -> list[errors.FailedPrecondition | None]:
+    """Of each submission: an error where its user was forgotten, or what it is about was erased."""
+    users = [user_hash(tenant, one.feedback.user_id) for one in submissions]
+    prompts = [prompt_hash(tenant, one.prompt_id) for one in submissions]
+    there = present(connection, list({*users, *prompts}))
+    if not there:
+        return [None] * len(submissions)
+    return [
+        _forgotten("feedback.user_id")
+        if user in there
+        else _erased()
+        if prompt in there and not _is_left(connection, tenant, one.prompt_id)
+        else None
+        for one, user, prompt in zip(submissions, users, prompts, strict=True)
+    ]
+
+
+def _is_left(connection: Connection, tenant: str, prompt_id: str) -> bool:
+    """Whether a prompt with a tombstone has responses: it has one also where a forgotten user judged it before its
+    responses, another user's, had arrived.
+    """
+    response = select(generations.c.generation_id).where(
+        generations.c.prompt_id == prompt_id, generations.c.tenant == tenant
+    )
+    return bool(connection.execute(response.limit(1)).all())
 
 
 def refuse_user(connection: Connection, tenant: str, user_id: str, *, field: str) -> None:
@@ -91,6 +99,12 @@ def refuse_user(connection: Connection, tenant: str, user_id: str, *, field: str
 def _forgotten(field: str) -> errors.FailedPrecondition:
     return errors.FailedPrecondition(
         f"{field}: this user was forgotten.", remedy="Give a user who comes back a new pseudonym."
+    )
+
+
+def _erased() -> errors.FailedPrecondition:
+    return errors.FailedPrecondition(
+        "feedback: the response it is about was erased.", remedy="Leave it; there is nothing left to judge."
     )
 
 

@@ -15,7 +15,7 @@ from services.collector.database import Database
 from services.collector.exchange.exporting import export_file
 from services.collector.exchange.importing import Source, import_file
 from services.collector.exchange.report import refusals
-from services.collector.ledger import Curator
+from services.collector.intake import Curator
 from services.collector.rights.tenants import Tenants
 from tests.support import make_tiny_llama
 from tests.unit.services.collector.parts import Deployment

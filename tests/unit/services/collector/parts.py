@@ -14,12 +14,13 @@ from typing import TypeVar
 
 from uuid_utils import uuid7
 
-from services.collector import ledger, outbox
+from services.collector import intake, ledger, outbox
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
-from services.collector.ledger import Curator
+from services.collector.identity import Arrival
+from services.collector.intake import Curator, Incoming
 from services.collector.records import Recorded
-from services.collector.submission import Checker
+from services.collector.submission import Checker, Submission
 from thumbwheel.auth import ReceiptKey, create_keys
 from thumbwheel.stream import topics
 from thumbwheel.stream.log import Record
@@ -64,6 +65,20 @@ def curator_of(database: Database) -> Curator:
 async def store(database: Database, *events: GenerationEvent) -> list[Recorded]:
     """Stores generations, as ingest does."""
     return await database.write(partial(ledger.store, curator=curator_of(database), events=events))
+
+
+async def record(
+    database: Database,
+    submission: Submission,
+    *,
+    traceparent: str = "",
+    arrival: Arrival | None = None,
+    curator: Curator | None = None,
+) -> Recorded:
+    """Records, as the service does."""
+    work = partial(intake.submit, curator=curator or curator_of(database))
+    recorded: Recorded = await database.write_with_others(work, Incoming(submission, traceparent, arrival))
+    return recorded
 
 
 async def retract(database: Database, feedback_id: str, user: str = "ann", tenant: str = "default") -> Recorded:
@@ -152,7 +167,7 @@ class Deployment:
     async def submit(self, database: Database, feedback: Feedback) -> Recorded:
         """Checks and records, as the service does."""
         submission = Checker(self.key, 1_000).check(feedback, tenant=self.tenant)
-        return await database.write(partial(ledger.submit, curator=curator_of(database), submission=submission))
+        return await record(database, submission)
 
 
 def comparison(

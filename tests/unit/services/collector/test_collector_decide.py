@@ -13,12 +13,12 @@ from services.collector import guide, ledger, operate, outbox, raters, standing,
 from services.collector.curation import CurationSettings, RaterId
 from services.collector.database import Database
 from services.collector.identity import Arrival
-from services.collector.ledger import Curator
+from services.collector.intake import Curator
 from services.collector.rules import Rules
 from services.collector.standing import everything
 from services.collector.submission import Checker
 from tests.unit.services.collector import parts
-from tests.unit.services.collector.parts import TIE, A, B, Deployment, curator_of, find, published, retract, store
+from tests.unit.services.collector.parts import TIE, A, B, Deployment, find, published, retract, store
 from thumbwheel import errors
 from thumbwheel.stream import topics
 from thumbwheel.v1.events_pb2 import ComparisonEvent, ComparisonSource, ComparisonState, GenerationEvent, ThumbEvent
@@ -240,7 +240,7 @@ async def test_the_daily_cap_keeps_what_is_beyond_it_apart(database: Database, d
         pair = deployment.pair()
         await database.write(partial(ledger.store, curator=curator, events=pair))
         submission = checker.check(parts.comparison(*pair), tenant="default")
-        recorded = await database.write(partial(ledger.submit, curator=curator, submission=submission))
+        recorded = await parts.record(database, submission, curator=curator)
         found.append(stands(recorded.record))
     assert found == [("ACCEPTED", "preferred", 1.0)] * 2 + [("APART", "over_user_cap", 0.0)]
 
@@ -291,8 +291,7 @@ async def test_the_same_record_replayed_gives_the_same_bytes(
             if number == 1:
                 await store(into, one, two, three_)
             submission = checker.check(vote, tenant="default")
-            work = partial(ledger.submit, curator=curator_of(into), submission=submission, arrival=arrival)
-            await into.write(work)
+            await parts.record(into, submission, arrival=arrival)
         await retract(into, history[4][1].feedback_id, user="cyd")
         rows = await into.read(partial(outbox.waiting, limit=1_000))
         return [(row.event_id, row.topic, row.key, row.value) for row in rows]

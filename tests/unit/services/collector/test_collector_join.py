@@ -31,11 +31,13 @@ def checked(deployment: Deployment, feedback: Feedback) -> Submission:
     return Checker(deployment.key, 1_000).check(feedback, tenant=deployment.tenant)
 
 
-def arrived(*events: GenerationEvent) -> list[Arrived]:
-    return [
-        Arrived(e.event_id, e.tenant, e.generation.prompt_id, hashlib.sha256(e.generation.text.encode()).digest(), True)
+def arrived(*events: GenerationEvent) -> dict[str, Arrived]:
+    return {
+        e.event_id: Arrived(
+            e.event_id, e.tenant, e.generation.prompt_id, hashlib.sha256(e.generation.text.encode()).digest(), True
+        )
         for e in events
-    ]
+    }
 
 
 def test_only_judgements_teach(deployment: Deployment) -> None:

@@ -11,7 +11,7 @@ from services.collector.database import Database
 from services.collector.outbox import Row
 from services.collector.submission import Checker
 from tests.unit.services.collector import parts
-from tests.unit.services.collector.parts import TIE, A, B, Deployment, curator_of, retract, store
+from tests.unit.services.collector.parts import TIE, A, B, Deployment, retract, store
 from thumbwheel import errors
 from thumbwheel.stream import topics
 from thumbwheel.v1.events_pb2 import ComparisonEvent, ComparisonState, FeedbackEvent
@@ -59,7 +59,7 @@ async def test_every_kind_of_event_says_its_schema_and_trace(database: Database,
     await store(database, a, b)
     submission = Checker(deployment.key, 1_000).check(parts.comparison(a, b), tenant="default")
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    await database.write(partial(ledger.submit, curator=curator_of(database), submission=submission, traceparent=trace))
+    await parts.record(database, submission, traceparent=trace)
     assert [(row.schema, row.headers[2]) for row in await rows(database)] == [
         ("thumbwheel.v1.FeedbackEvent", ("traceparent", trace.encode())),
         ("thumbwheel.v1.ComparisonEvent", ("traceparent", trace.encode())),

@@ -105,7 +105,7 @@ async def test_without_consent_nothing_is_learnt(
     if not held:
         await arrive()
     submission = Checker(mine.key, 1_000, REQUIRED).check(vote, tenant=tenant)
-    recorded = await database.write(partial(ledger.submit, curator=curator, submission=submission))
+    recorded = await parts.record(database, submission, curator=curator)
     if held:
         await arrive()
     find = partial(ledger.find, feedback_ids=[recorded.record.feedback_id], tenant=tenant)

@@ -1,0 +1,297 @@
+"""Submissions become rows, as many at once as share a commit: one statement for all where there was one for each.
+
+    known keys ──▶ may they come in? ──▶ generations there? ──▶ ranks, samples ──▶ decide ──▶ rows · outbox
+         │              │                        │ no
+         ▼              ▼                        ▼
+    the first result    refused                 HELD, until `ledger.store` brings them
+
+Whatever is refused has written nothing, so that the others of its commit stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+from sqlalchemy import Connection, bindparam, insert, select, tuple_
+
+from services.collector import guide, outbox, picked, records, standing, tallies
+from services.collector.decide import decide
+from services.collector.groups import Groups
+from services.collector.identity import Arrival, derived
+from services.collector.join import AWAITING, Arrived, join
+from services.collector.judgement import Judgement, judgement_of
+from services.collector.records import Recorded
+from services.collector.rights import tombstones
+from services.collector.rules import Rules
+from services.collector.standing import Fresh
+from services.collector.submission import Submission
+from services.collector.tables import feedback, feedback_generations, generations
+from thumbwheel import errors
+from thumbwheel.v1.events_pb2 import GenerationEvent
+
+Result: TypeAlias = Recorded | errors.ThumbwheelError
+
+# Built once: building a statement takes longer than running it.
+_BY_KEY = select(feedback).where(
+    feedback.c.tenant == bindparam("of_tenant"),
+    feedback.c.idempotency_key.in_(bindparam("of_keys", expanding=True)),
+)
+_SAMPLES = (
+    select(feedback.c.user_id, feedback.c.item, feedback.c.outcome, feedback.c.sample_id)
+    .where(
+        feedback.c.tenant == bindparam("of_tenant"),
+        tuple_(feedback.c.user_id, feedback.c.item).in_(bindparam("of_judged", expanding=True)),
+    )
+    .order_by(feedback.c.feedback_id)
+)
+_ARRIVED = select(*(generations.c[name] for name in Arrived._fields)).where(
+    generations.c.generation_id.in_(bindparam("of_ids", expanding=True))
+)
+_EVENT = select(generations.c.event).where(generations.c.generation_id == bindparam("of_id"))
+
+
+@dataclass(frozen=True, slots=True)
+class Curator:
+    """By what feedback is judged, and which prompts are alike. For one thread: that of the database's writer."""
+
+    rules: Rules = field(default_factory=Rules)
+    groups: Groups = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", Groups(self.rules.curation))
+
+
+class Incoming(NamedTuple):
+    """A submission that is to be recorded. `arrival` is given where a record is replayed."""
+
+    submission: Submission
+    traceparent: str = ""
+    arrival: Arrival | None = None
+
+
+class _Piece:
+    """One submission on its way in."""
+
+    __slots__ = ("arrival", "judgement", "propensity", "result", "submission", "traceparent")
+
+    def __init__(self, incoming: Incoming) -> None:
+        self.submission, self.traceparent, arrival = incoming
+        self.arrival = arrival or Arrival.now()
+        self.judgement: Judgement | None = judgement_of(self.submission)
+        self.propensity: float | None = None
+        self.result: Result | None = None
+
+    @property
+    def marks(self) -> list[tuple[Any, ...]]:
+        """What no two pieces that are recorded together may have in common: a key, or a user's item."""
+        tenant, body = self.submission.tenant, self.submission.feedback
+        marks: list[tuple[Any, ...]] = [("key", tenant, body.idempotency_key)]
+        if self.judgement is not None:
+            marks.append(("item", tenant, body.user_id, self.judgement.item))
+        return marks
+
+
+def submit(connection: Connection, incoming: Sequence[Incoming], curator: Curator) -> list[Result]:
+    """Records submissions, in their order; joins those whose generations have arrived, and holds the others.
+
+    The same submission again changes nothing. What is refused comes back as the error, in its place: `errors.Conflict`
+    where the key was used with another body, `errors.InvalidArgument` for guidelines, aspects or a propensity that this
+    tenant does not have, `errors.FailedPrecondition` where the user, or what it is about, was forgotten.
+    """
+    pieces = [_Piece(one) for one in incoming]
+    waiting = pieces
+    while waiting:
+        tenant = waiting[0].submission.tenant
+        now: list[_Piece] = []
+        later: list[_Piece] = []
+        seen: set[tuple[Any, ...]] = set()
+        for piece in waiting:
+            marks = piece.marks
+            together = piece.submission.tenant == tenant and seen.isdisjoint(marks)
+            (now if together else later).append(piece)
+            seen.update(marks)
+        _submit(connection, curator, tenant, now)
+        waiting = later
+    results = [piece.result for piece in pieces]
+    assert None not in results, "each piece has a result"
+    return results  # type: ignore[return-value]  # as was just asserted
+
+
+def _submit(connection: Connection, curator: Curator, tenant: str, pieces: Sequence[_Piece]) -> None:
+    """Records pieces of one tenant, no two of one key or of one user's item."""
+    _repeated(connection, tenant, pieces)
+    for refuse in (tombstones.refused, guide.refused):
+        open_ = _open(pieces)
+        for piece, error in zip(open_, refuse(connection, tenant, [one.submission for one in open_]), strict=True):
+            piece.result = error
+    open_ = _open(pieces)
+    for piece, found in zip(open_, picked.propensities(connection, tenant, _of(open_)), strict=True):
+        if isinstance(found, errors.ThumbwheelError):
+            piece.result = found
+        else:
+            piece.propensity = found
+    _record(connection, curator, tenant, _open(pieces))
+
+
+def _repeated(connection: Connection, tenant: str, pieces: Sequence[_Piece]) -> None:
+    """Settles those whose key was used before."""
+    keys = [piece.submission.feedback.idempotency_key for piece in pieces]
+    rows = connection.execute(_BY_KEY, {"of_tenant": tenant, "of_keys": keys})
+    before = {row.idempotency_key: row for row in rows}
+    if not before:
+        return
+    for key, piece in zip(keys, pieces, strict=True):
+        row = before.get(key)
+        if row is None:
+            continue
+        if row.body_sha256 == piece.submission.body_sha256:
+            piece.result = records.recorded(row, changed=False)
+        else:
+            piece.result = errors.Conflict(
+                f"feedback.idempotency_key: {key!r} was used before with other content.",
+                remedy="Use a new key for new feedback, and send a repeated one unchanged.",
+            )
+
+
+def _record(connection: Connection, curator: Curator, tenant: str, pieces: Sequence[_Piece]) -> None:
+    """Writes new pieces down, and publishes what becomes of them."""
+    if not pieces:
+        return
+    submissions = _of(pieces)
+    known = arrived(connection, {claims.generation_id for one in submissions for claims in one.claims})
+    joined = [join(one, known) for one in submissions]
+    teaching = [one for one, how in zip(submissions, joined, strict=True) if how is not None and how.teaches]
+    groups = groups_of(connection, curator, tenant, teaching)
+    came = [(one.feedback.user_id, piece.arrival.micros) for one, piece in zip(submissions, pieces, strict=True)]
+    ranks = tallies.count(connection, tenant, came)
+    samples = _samples(connection, tenant, pieces)
+    gold = standing.gold_of(connection, tenant, [piece.judgement.item for piece in pieces if piece.judgement])
+    fresh: list[Fresh] = []
+    aside: list[tuple[_Piece, dict[str, Any]]] = []
+    for piece, how, rank, sample_id in zip(pieces, joined, ranks, samples, strict=True):
+        values = _values(piece, rank, sample_id)
+        if how is not None and how.teaches:
+            values |= {"joined": "", "group_id": groups[piece.submission.prompt_id]}
+            seen = [known[claims.generation_id] for claims in piece.submission.claims]
+            judged = standing.fresh(values, seen, gold.get(values["item"]), curator.rules.learn_from_cut)
+            fresh.append(Fresh(values, piece.submission.feedback, judged, piece.traceparent))
+        else:
+            if how is not None:
+                values |= {"state": records.name_of(how.state), "reason": how.reason, "joined": how.reason}
+            aside.append((piece, values))
+    told = _put_aside(connection, aside)
+    if fresh:
+        found = sorted({one.values["group_id"] for one in fresh})
+        for one in decide(connection, curator.rules, tenant, found, fresh=fresh):
+            told[one.record.feedback_id] = one
+    connection.execute(
+        insert(feedback_generations),
+        [
+            {"feedback_id": piece.arrival.feedback_id, "place": place, "generation_id": claims.generation_id}
+            for piece in pieces
+            for place, claims in enumerate(piece.submission.claims)
+        ],
+    )
+    for piece in pieces:
+        piece.result = told[piece.arrival.feedback_id]
+
+
+def _put_aside(connection: Connection, aside: Iterable[tuple[_Piece, dict[str, Any]]]) -> dict[str, Recorded]:
+    """Writes down what is not curated, at least not now."""
+    told: dict[str, Recorded] = {}
+    rows, events = [], []
+    for piece, values in aside:
+        one = records.new(values, piece.submission.feedback)
+        told[one.record.feedback_id] = one
+        rows.append(values)
+        events.append(records.event_of(one, piece.submission.prompt_id, piece.traceparent))
+    if rows:
+        connection.execute(insert(feedback), rows)
+    outbox.add(connection, events)
+    return told
+
+
+def _values(piece: _Piece, ranks: tuple[int, int], sample_id: str | None) -> dict[str, Any]:
+    """The row of a piece that waits for its generations."""
+    submission, judgement = piece.submission, piece.judgement
+    item, choice, outcome, edit_sha256 = judgement or (None, None, None, None)
+    return {
+        "feedback_id": piece.arrival.feedback_id,
+        "tenant": submission.tenant,
+        "idempotency_key": submission.feedback.idempotency_key,
+        "body_sha256": submission.body_sha256,
+        "user_id": submission.feedback.user_id,
+        "kind": submission.kind,
+        "body": submission.body,
+        "prompt_id": submission.prompt_id,
+        "state": "HELD",
+        "reason": AWAITING,
+        "comparison_id": None,
+        "received_at": piece.arrival.micros,
+        "item": item,
+        "choice": choice,
+        "outcome": outcome,
+        "sample_id": sample_id,
+        "edit_sha256": edit_sha256,
+        "propensity": piece.propensity,
+        "user_rank": ranks[0],
+        "tenant_rank": ranks[1],
+        "joined": None,
+        "group_id": None,
+        "released": False,
+        "superseded_by": None,
+        "weight": 0.0,
+        "revision": 1,
+        "consent": submission.consent,
+    }
+
+
+def _samples(connection: Connection, tenant: str, pieces: Sequence[_Piece]) -> list[str | None]:
+    """What each judgement teaches: the same as an earlier one of this user to the same effect, so that who says a thing
+    twice, or comes back to it, is learnt from once.
+    """
+    judged = [
+        (piece.submission.feedback.user_id, piece.judgement.item) for piece in pieces if piece.judgement is not None
+    ]
+    known: dict[tuple[str, bytes], str] = {}
+    if judged:
+        for user_id, _, outcome, sample_id in connection.execute(_SAMPLES, {"of_tenant": tenant, "of_judged": judged}):
+            known.setdefault((user_id, bytes(outcome)), sample_id)
+    return [
+        None
+        if piece.judgement is None
+        else known.get((piece.submission.feedback.user_id, piece.judgement.outcome))
+        or derived(piece.arrival.feedback_id, "sample")
+        for piece in pieces
+    ]
+
+
+def groups_of(
+    connection: Connection, curator: Curator, tenant: str, submissions: Sequence[Submission]
+) -> dict[str, str]:
+    """The groups of the submissions' prompts, by prompt id. Their generations have arrived."""
+    one_of = {one.prompt_id: one.claims[0].generation_id for one in submissions}
+    if not one_of:
+        return {}
+    found = curator.groups.known(connection, tenant, list(one_of))
+    for prompt_id, generation_id in one_of.items():
+        if prompt_id not in found:
+            data = connection.execute(_EVENT, {"of_id": generation_id}).scalar_one()
+            found[prompt_id] = curator.groups.group_of(connection, GenerationEvent.FromString(data))
+    return found
+
+
+def arrived(connection: Connection, ids: Collection[str]) -> Mapping[str, Arrived]:
+    """What is known of these generations, by id."""
+    rows = connection.execute(_ARRIVED, {"of_ids": list(ids)})
+    return {row[0]: Arrived(*row) for row in rows}
+
+
+def _open(pieces: Sequence[_Piece]) -> list[_Piece]:
+    return [piece for piece in pieces if piece.result is None]
+
+
+def _of(pieces: Sequence[_Piece]) -> list[Submission]:
+    return [piece.submission for piece in pieces]
