@@ -112,7 +112,6 @@ def produce(servers: str, events: Sequence[Event]) -> float:
         bootstrap_servers=servers,
         enable_idempotence=True,
         acks="all",
-        allow_auto_create_topics=False,
         max_request_size=MAX_MESSAGE_BYTES,
         metrics_enabled=False,
     )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import Connection, bindparam, func, insert, select
 
+from services.collector import many
 from services.collector.curation import CurationSettings, PromptGroups
 from services.collector.tables import generations, prompts
 from thumbwheel.v1.events_pb2 import GenerationEvent
@@ -19,9 +20,7 @@ MAX_INDEXED = 100_000
 """After a restart, as many prompts, the newest, are looked at for likeness."""
 
 
-_GROUPS = select(prompts.c.prompt_id, prompts.c.group_id).where(
-    prompts.c.tenant == bindparam("of_tenant"), prompts.c.prompt_id.in_(bindparam("of_prompts", expanding=True))
-)
+_GROUPS = "SELECT prompt_id, group_id FROM prompts WHERE tenant = :tenant AND prompt_id IN (:many)"
 _SINCE = (
     select(prompts.c.number, prompts.c.tenant, prompts.c.prompt_id, prompts.c.group_id)
     .where(prompts.c.number > bindparam("since"))
@@ -40,7 +39,7 @@ class Groups:
 
     def known(self, connection: Connection, tenant: str, prompt_ids: Sequence[str]) -> dict[str, str]:
         """The groups of these prompts, by prompt id; those that are new are left out."""
-        rows = connection.execute(_GROUPS, {"of_tenant": tenant, "of_prompts": prompt_ids})
+        rows = many.find(connection, _GROUPS, prompt_ids, tenant=tenant)
         return {row.prompt_id: row.group_id for row in rows}
 
     def group_of(self, connection: Connection, event: GenerationEvent) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -34,10 +33,11 @@ def derived(feedback_id: str, *meaning: object) -> str:
     """A UUIDv7-shaped id: the time of the feedback that it derives from, and a digest of that id and its meaning."""
     text = "\n".join([feedback_id, *map(str, meaning)])
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[: _RANDOM_BITS // 8], "big")
-    number = (uuid.UUID(feedback_id).int >> _RANDOM_BITS << _RANDOM_BITS) | digest
+    number = (int(feedback_id.replace("-", ""), 16) >> _RANDOM_BITS << _RANDOM_BITS) | digest
     number = number & ~(0xF << 76) | (7 << 76)  # version
     number = number & ~(0x3 << 62) | (2 << 62)  # variant
-    return str(uuid.UUID(int=number))
+    digits = f"{number:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 def item_of(kind: str, generation_ids: Iterable[str]) -> bytes:

@@ -14,9 +14,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
-from sqlalchemy import Connection, bindparam, insert, select, tuple_
+from sqlalchemy import Connection, bindparam, insert, select
 
-from services.collector import guide, outbox, picked, records, standing, tallies
+from services.collector import guide, many, outbox, picked, records, standing, tallies
 from services.collector.decide import decide
 from services.collector.groups import Groups
 from services.collector.identity import Arrival, derived
@@ -34,21 +34,13 @@ from thumbwheel.v1.events_pb2 import GenerationEvent
 Result: TypeAlias = Recorded | errors.ThumbwheelError
 
 # Built once: building a statement takes longer than running it.
-_BY_KEY = select(feedback).where(
-    feedback.c.tenant == bindparam("of_tenant"),
-    feedback.c.idempotency_key.in_(bindparam("of_keys", expanding=True)),
-)
-_SAMPLES = (
-    select(feedback.c.user_id, feedback.c.item, feedback.c.outcome, feedback.c.sample_id)
-    .where(
-        feedback.c.tenant == bindparam("of_tenant"),
-        tuple_(feedback.c.user_id, feedback.c.item).in_(bindparam("of_judged", expanding=True)),
-    )
-    .order_by(feedback.c.feedback_id)
-)
-_ARRIVED = select(*(generations.c[name] for name in Arrived._fields)).where(
-    generations.c.generation_id.in_(bindparam("of_ids", expanding=True))
-)
+_KNOWN = "SELECT feedback_id FROM feedback WHERE tenant = :tenant AND idempotency_key IN (:many)"
+_FEEDBACK = select(feedback).where(feedback.c.feedback_id.in_(bindparam("of_ids", expanding=True)))
+_SAMPLES = """
+SELECT user_id, outcome, sample_id FROM feedback
+WHERE tenant = :tenant AND (user_id, item) IN (VALUES :many) ORDER BY feedback_id
+"""
+_ARRIVED = f"SELECT {', '.join(Arrived._fields)} FROM generations WHERE generation_id IN (:many)"
 _EVENT = select(generations.c.event).where(generations.c.generation_id == bindparam("of_id"))
 
 
@@ -138,10 +130,10 @@ def _submit(connection: Connection, curator: Curator, tenant: str, pieces: Seque
 def _repeated(connection: Connection, tenant: str, pieces: Sequence[_Piece]) -> None:
     """Settles those whose key was used before."""
     keys = [piece.submission.feedback.idempotency_key for piece in pieces]
-    rows = connection.execute(_BY_KEY, {"of_tenant": tenant, "of_keys": keys})
-    before = {row.idempotency_key: row for row in rows}
-    if not before:
+    known = many.find(connection, _KNOWN, keys, tenant=tenant)
+    if not known:
         return
+    before = {row.idempotency_key: row for row in connection.execute(_FEEDBACK, {"of_ids": [id for (id,) in known]})}
     for key, piece in zip(keys, pieces, strict=True):
         row = before.get(key)
         if row is None:
@@ -257,7 +249,7 @@ def _samples(connection: Connection, tenant: str, pieces: Sequence[_Piece]) -> l
     ]
     known: dict[tuple[str, bytes], str] = {}
     if judged:
-        for user_id, _, outcome, sample_id in connection.execute(_SAMPLES, {"of_tenant": tenant, "of_judged": judged}):
+        for user_id, outcome, sample_id in many.find(connection, _SAMPLES, judged, tenant=tenant):
             known.setdefault((user_id, bytes(outcome)), sample_id)
     return [
         None
@@ -285,8 +277,7 @@ def groups_of(
 
 def arrived(connection: Connection, ids: Collection[str]) -> Mapping[str, Arrived]:
     """What is known of these generations, by id."""
-    rows = connection.execute(_ARRIVED, {"of_ids": list(ids)})
-    return {row[0]: Arrived(*row) for row in rows}
+    return {row[0]: Arrived(*row) for row in many.find(connection, _ARRIVED, list(ids))}
 
 
 def _open(pieces: Sequence[_Piece]) -> list[_Piece]:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sqlalchemy import Connection, bindparam, insert, select, tuple_
+from sqlalchemy import Connection, insert, select
 
+from services.collector import many
 from services.collector.identity import item_of
 from services.collector.outbox import now_micros
 from services.collector.rights import tombstones
@@ -19,10 +20,10 @@ _TOLERANCE = 1e-4
 """A probability travels in 32 bits."""
 
 
-_SHOWN = select(shown.c.user_id, shown.c.item, shown.c.first_id, shown.c.propensity).where(
-    shown.c.tenant == bindparam("of_tenant"),
-    tuple_(shown.c.user_id, shown.c.item).in_(bindparam("of_shown", expanding=True)),
-)
+_SHOWN = """
+SELECT user_id, item, first_id, propensity FROM shown
+WHERE tenant = :tenant AND (user_id, item) IN (VALUES :many)
+"""
 
 
 class Pair(NamedTuple):
@@ -76,7 +77,7 @@ def propensities(
     of = {number: (submissions[number].feedback.user_id, pair.item) for number, pair in pairs.items()}
     noted: dict[tuple[str, bytes], tuple[str, float]] = {}
     if of:
-        rows = connection.execute(_SHOWN, {"of_tenant": tenant, "of_shown": list(of.values())})
+        rows = many.find(connection, _SHOWN, list(of.values()), tenant=tenant)
         noted = {(user_id, bytes(item)): (first, propensity) for user_id, item, first, propensity in rows}
     found: list[float | errors.InvalidArgument | None] = [None] * len(submissions)
     for number, pair in pairs.items():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import groupby
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, Select, bindparam, select
 
+from services.collector import many
 from services.collector.curation import (
     Choice,
     CurationSettings,
@@ -87,20 +89,16 @@ _OF_GROUPS = _all().where(
 
 def of_groups(connection: Connection, tenant: str, groups: Collection[str], *, learn_from_cut: bool) -> list[Standing]:
     """The judgements of these groups of prompts, by feedback id."""
-    rows = connection.execute(_OF_GROUPS, {"of_tenant": tenant, "of_groups": list(groups)})
+    rows = connection.execute(_OF_GROUPS, {"of_tenant": tenant, "of_groups": list(groups)}).all()
     return list(_standings(rows, learn_from_cut))
 
 
-_GOLD = select(gold.c.item, gold.c.chosen).where(
-    gold.c.tenant == bindparam("of_tenant"), gold.c.item.in_(bindparam("of_items", expanding=True))
-)
+_GOLD = "SELECT item, chosen FROM gold WHERE tenant = :tenant AND item IN (:many)"
 
 
 def gold_of(connection: Connection, tenant: str, items: Sequence[bytes]) -> dict[bytes, str]:
     """Of those items that are control questions, the generation that is better."""
-    if not items:
-        return {}
-    return {bytes(item): chosen for item, chosen in connection.execute(_GOLD, {"of_tenant": tenant, "of_items": items})}
+    return {bytes(item): chosen for item, chosen in many.find(connection, _GOLD, items, tenant=tenant)}
 
 
 def fresh(values: dict[str, Any], seen: Sequence[Arrived], chosen: str | None, learn_from_cut: bool) -> Standing:
@@ -118,9 +116,7 @@ def everything(connection: Connection, *, learn_from_cut: bool) -> Iterator[tupl
     return ((standing.group, standing.vote) for standing in _standings(rows, learn_from_cut))
 
 
-_RATERS = select(raters).where(
-    raters.c.tenant == bindparam("of_tenant"), raters.c.user_id.in_(bindparam("of_users", expanding=True))
-)
+_RATERS = "SELECT * FROM raters WHERE tenant = :tenant AND user_id IN (:many)"
 
 
 def raters_of(connection: Connection, who: Iterable[RaterId], settings: CurationSettings) -> tuple[Raters, Overrides]:
@@ -131,7 +127,7 @@ def raters_of(connection: Connection, who: Iterable[RaterId], settings: Curation
     known: dict[RaterId, Rater] = {}
     by_hand: dict[str, set[RaterId]] = {QUARANTINED: set(), RELEASED: set()}
     for tenant, users in by_tenant.items():
-        for row in connection.execute(_RATERS, {"of_tenant": tenant, "of_users": list(users)}):
+        for row in many.find(connection, _RATERS, list(users), tenant=tenant):
             known[RaterId(tenant, row.user_id)] = _rater(row)
             if row.by_hand:
                 by_hand[row.by_hand].add(RaterId(tenant, row.user_id))
@@ -164,7 +160,7 @@ def _rater(row: Row[Any]) -> Rater:
 
 
 def _standings(rows: Iterable[Row[Any]], learn_from_cut: bool) -> Iterator[Standing]:
-    for _, of_one in groupby(rows, key=lambda row: row.feedback_id):
+    for _, of_one in groupby(rows, key=itemgetter(0)):
         both = list(of_one)
         yield _standing(both[0], [_response(one, learn_from_cut) for one in both])
 

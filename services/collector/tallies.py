@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, select
+from sqlalchemy import Connection
 from sqlalchemy.dialects import postgresql, sqlite
 
+from services.collector import many
 from services.collector.tables import tallies
 
 _DAY_MICROS = 86_400 * 1_000_000
@@ -24,11 +25,7 @@ def _counted(insert: Any) -> Any:
 
 
 _COUNTED = {"sqlite": _counted(sqlite.insert), "postgresql": _counted(postgresql.insert)}
-_COUNTS = select(tallies.c.user_id, tallies.c.count).where(
-    tallies.c.tenant == bindparam("of_tenant"),
-    tallies.c.day == bindparam("of_day"),
-    tallies.c.user_id.in_(bindparam("of_users", expanding=True)),
-)
+_COUNTS = "SELECT user_id, count FROM tallies WHERE tenant = :tenant AND day = :day AND user_id IN (:many)"
 
 
 def count(connection: Connection, tenant: str, came: Sequence[tuple[str, int]]) -> list[tuple[int, int]]:
@@ -43,7 +40,7 @@ def count(connection: Connection, tenant: str, came: Sequence[tuple[str, int]]) 
     before: dict[tuple[int, str], int] = {}
     for day in {day for day, _ in more}:
         users = [who for on, who in more if on == day]
-        for who, total in connection.execute(_COUNTS, {"of_tenant": tenant, "of_day": day, "of_users": users}):
+        for who, total in many.find(connection, _COUNTS, users, tenant=tenant, day=day):
             before[day, who] = total - more[day, who]
     ranks = []
     for user_id, micros in came:

@@ -133,7 +133,6 @@ class Reader:
             request_timeout_ms=3_000,
             bootstrap_timeout_ms=1_000,
             reconnect_backoff_max_ms=200,
-            allow_auto_create_topics=False,
         )
 
     def _follow(self, consumer: Any) -> None:

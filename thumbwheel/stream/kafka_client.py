@@ -52,7 +52,16 @@ class _Socket(KafkaNetSocket):  # type: ignore[misc]  # kafka-python is not type
 
 
 class _Network(KafkaNetClient):  # type: ignore[misc]
-    """Closes its sockets, also those whose connections were being made, or did not answer, when it was closed."""
+    """Closes its sockets, also those whose connections were being made, or did not answer, when it was closed.
+
+    Never has a broker make a topic: kafka-python takes `allow_auto_create_topics` and forgets it on the way to where it
+    counts. A topic that comes into being because somebody asked for it has any number of partitions, and what was on
+    its way to one that was lost would be the first record of the new one, before all that is older.
+    """
+
+    def __init__(self, **configs: Any) -> None:
+        super().__init__(**configs)
+        self.cluster.config["allow_auto_create_topics"] = False
 
     def close(self, node_id: Any = None) -> None:
         if node_id is None:

@@ -175,7 +175,6 @@ class KafkaLogConsumer:
             group_id=None,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
-            allow_auto_create_topics=False,
             metrics_enabled=False,
             fetch_max_wait_ms=int(_FETCH_WAIT_SECONDS * 1000),
             max_partition_fetch_bytes=2 * MAX_MESSAGE_BYTES,

@@ -311,7 +311,6 @@ class KafkaLogProducer:
                     **self._configs,
                     enable_idempotence=True,  # said aloud: left to its default, it may be turned off silently
                     acks="all",
-                    allow_auto_create_topics=False,
                     delivery_timeout_ms=int(self._delivery_timeout * 1000),
                     max_block_ms=int(_METADATA_SECONDS * 1000),
                     metrics_enabled=False,

@@ -22,9 +22,10 @@ from uuid_utils import uuid7
 from services.collector import outbox
 from services.collector.decide import decide
 from services.collector.emit import COMPARISON, THUMB, SampleEvent, retracted
+from services.collector.many import PAGE
 from services.collector.outbox import now_micros
 from services.collector.rights import tombstones
-from services.collector.rights.tombstones import PAGE, prompt_hash, user_hash
+from services.collector.rights.tombstones import prompt_hash, user_hash
 from services.collector.rules import Rules
 from services.collector.tables import (
     decision_votes,

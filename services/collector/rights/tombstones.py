@@ -8,18 +8,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 
-from sqlalchemy import Connection, bindparam, insert, select
+from sqlalchemy import Connection, insert, select
 
+from services.collector import many
 from services.collector.submission import Submission
 from services.collector.tables import generations, tombstones
 from thumbwheel import errors
 from thumbwheel.v1.events_pb2 import GenerationEvent
 
-PAGE = 500
-"""Values in one statement: databases take some thousands."""
-
-# Built once: it runs with every piece of feedback.
-_PRESENT = select(tombstones.c.hash).where(tombstones.c.hash.in_(bindparam("of_hashes", expanding=True)))
+_PRESENT = "SELECT hash FROM tombstones WHERE hash IN (:many)"
 
 
 def user_hash(tenant: str, user_id: str) -> bytes:
@@ -43,10 +40,7 @@ def bury(connection: Connection, hashes: Iterable[bytes], erasure_id: str) -> No
 
 def present(connection: Connection, hashes: Sequence[bytes]) -> set[bytes]:
     """Those of the hashes that have a tombstone."""
-    found: set[bytes] = set()
-    for start in range(0, len(hashes), PAGE):
-        found.update(connection.execute(_PRESENT, {"of_hashes": hashes[start : start + PAGE]}).scalars())
-    return found
+    return {bytes(hash) for (hash,) in many.find(connection, _PRESENT, hashes)}
 
 
 def admitted(connection: Connection, events: Sequence[GenerationEvent]) -> list[GenerationEvent]:
