@@ -15,6 +15,7 @@ from thumbwheel.stream import open_log
 from thumbwheel.stream.broker import EmbeddedBroker
 from thumbwheel.stream.kafka import KafkaLog
 from thumbwheel.stream.kafka_client import client, kafka
+from thumbwheel.stream.kafka_client import errors as kafka_errors
 from thumbwheel.stream.log import Topic, TopicPartition
 
 SECONDS = 15.0
@@ -234,3 +235,18 @@ def test_a_topic_made_anew_with_other_partitions_is_read_whole(broker: EmbeddedB
     assert sorted(got, key=int) == [b"%d" % n for n in range(20)]
     consumer.close()
     producer.close(SECONDS)
+
+
+def test_nobody_makes_a_topic_by_asking_for_it(broker: EmbeddedBroker) -> None:
+    """Or what is on its way to a topic that was lost would be the first record of a new one."""
+    servers = broker.bootstrap_servers
+    reader = client(kafka.KafkaConsumer, bootstrap_servers=servers)
+    writer = client(kafka.KafkaProducer, bootstrap_servers=servers, max_block_ms=500)
+    with pytest.raises(kafka_errors.KafkaTimeoutError):
+        writer.send("lost.v1", b"on its way")
+    assert reader.partitions_for_topic("lost.v1") in (None, set())
+    admin = client(kafka.KafkaAdminClient, bootstrap_servers=servers)
+    assert admin.list_topics() == []
+    admin.close()
+    writer.close(timeout=1)
+    reader.close()

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from functools import partial
 
 import pytest
+from sqlalchemy import Connection
 
 from services.collector import outbox
 from services.collector.config import CollectorSettings
@@ -154,6 +155,27 @@ async def test_all_is_published_again_when_the_broker_lost_it(
         await published(database)
     records = arrived(log)
     assert {number for _, number in records} == set(range(20 if idle else 21))
+
+
+async def test_a_loss_that_could_not_be_written_down_is_not_forgotten(
+    database: Database, log: MemoryLog, settings: CollectorSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    republish, faults = outbox.republish, [errors.Unavailable("The database is away."), errors.NoSpace("It is full.")]
+
+    def failing(connection: Connection, ids: dict[str, str]) -> int:
+        if faults:
+            raise faults.pop()
+        return republish(connection, ids)
+
+    monkeypatch.setattr(outbox, "republish", failing)
+    await commit(database, range(20))
+    async with running(database, log, settings):
+        await published(database)
+        log.lose()
+        await eventually(lambda: asyncio.to_thread(arrived, log), lambda records: len(records) >= 20)
+        await published(database)
+    assert not faults
+    assert in_order(arrived(log))
 
 
 class Fenced(MemoryLog):
