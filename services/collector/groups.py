@@ -6,13 +6,14 @@ database, so that it is the same after a restart, and with other collectors besi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from itertools import islice
 
 from sqlalchemy import Connection, bindparam, func, insert, select
 
 from services.collector import many
 from services.collector.curation import CurationSettings, PromptGroups
-from services.collector.tables import generations, prompts
+from services.collector.tables import prompts
 from thumbwheel.v1.events_pb2 import GenerationEvent
 from thumbwheel.v1.policy_pb2 import Prompt, Role
 
@@ -21,6 +22,9 @@ MAX_INDEXED = 100_000
 
 
 _GROUPS = "SELECT prompt_id, group_id FROM prompts WHERE tenant = :tenant AND prompt_id IN (:many)"
+_EVENTS = "SELECT generation_id, event FROM generations WHERE generation_id IN (:many)"
+# By prompt alone: given the tenant too, SQLite reads everything of that tenant.
+_ANSWERS = "SELECT tenant, prompt_id, event FROM generations WHERE prompt_id IN (:many)"
 _SINCE = (
     select(prompts.c.number, prompts.c.tenant, prompts.c.prompt_id, prompts.c.group_id)
     .where(prompts.c.number > bindparam("since"))
@@ -37,39 +41,49 @@ class Groups:
         # What the index calls a group, where the database knows it by an older prompt that is not indexed.
         self._names: dict[tuple[str, str], str] = {}
 
-    def known(self, connection: Connection, tenant: str, prompt_ids: Sequence[str]) -> dict[str, str]:
-        """The groups of these prompts, by prompt id; those that are new are left out."""
-        rows = many.find(connection, _GROUPS, prompt_ids, tenant=tenant)
-        return {row.prompt_id: row.group_id for row in rows}
-
-    def group_of(self, connection: Connection, event: GenerationEvent) -> str:
-        """The group of the prompt that this generation answers; notes it where the prompt is new."""
-        tenant, prompt_id = event.tenant, event.generation.prompt_id
-        known = self.known(connection, tenant, [prompt_id])
-        if known:
-            return known[prompt_id]
+    def of(self, connection: Connection, tenant: str, answered: Mapping[str, str]) -> dict[str, str]:
+        """The groups of prompts, by prompt id; notes those that are new. `answered` has of each the id of a generation
+        that answers it and has arrived.
+        """
+        if not answered:
+            return {}
+        rows = many.find(connection, _GROUPS, list(answered), tenant=tenant)
+        found: dict[str, str] = {row.prompt_id: row.group_id for row in rows}
+        new = [prompt_id for prompt_id in answered if prompt_id not in found]
+        if not new:
+            return found
         self._follow(connection)
-        found = self._index.add(tenant, prompt_id, text_of(event.prompt))
-        group = self._names.get((tenant, found), found)
-        connection.execute(insert(prompts), {"tenant": tenant, "prompt_id": prompt_id, "group_id": group})
-        return group
+        events = dict(map(tuple, many.find(connection, _EVENTS, [answered[prompt_id] for prompt_id in new])))
+        values = []
+        for prompt_id in new:
+            text = text_of(GenerationEvent.FromString(events[answered[prompt_id]]).prompt)
+            group = self._index.add(tenant, prompt_id, text)
+            found[prompt_id] = self._names.get((tenant, group), group)
+            values.append({"tenant": tenant, "prompt_id": prompt_id, "group_id": found[prompt_id]})
+        connection.execute(insert(prompts), values)
+        return found
 
     def _follow(self, connection: Connection) -> None:
         """Indexes the prompts that came into the database since: at first all, later those of other collectors."""
         if self._seen is None:
             newest = connection.execute(select(func.max(prompts.c.number))).scalar_one_or_none() or 0
             self._seen = max(0, newest - MAX_INDEXED)
-        rows = connection.execute(_SINCE, {"since": self._seen}).all()
-        for number, tenant, prompt_id, group_id in rows:
-            any_event = select(generations.c.event).where(
-                generations.c.tenant == tenant, generations.c.prompt_id == prompt_id
-            )
-            data = connection.execute(any_event.limit(1)).scalar_one_or_none()
-            if data is not None:  # else it was erased since
-                found = self._index.add(tenant, prompt_id, text_of(GenerationEvent.FromString(data).prompt))
-                if found != group_id:
-                    self._names[tenant, found] = group_id
-            self._seen = number
+        rows = iter(connection.execute(_SINCE, {"since": self._seen}).all())
+        while page := list(islice(rows, many.PAGE)):
+            # Its own are there, and need not be read again.
+            unknown = [row.prompt_id for row in page if self._index.group(row.tenant, row.prompt_id) is None]
+            texts = {
+                (tenant, prompt_id): text_of(GenerationEvent.FromString(event).prompt)
+                for tenant, prompt_id, event in many.find(connection, _ANSWERS, unknown)
+            }
+            for row in page:
+                known = self._index.group(row.tenant, row.prompt_id)
+                text = texts.get((row.tenant, row.prompt_id))
+                if known is None and text is not None:  # else it was erased since
+                    known = self._index.add(row.tenant, row.prompt_id, text)
+                if known is not None and known != row.group_id:
+                    self._names[row.tenant, known] = row.group_id
+                self._seen = row.number
 
 
 def text_of(prompt: Prompt) -> str:

@@ -27,9 +27,8 @@ from services.collector.rights import tombstones
 from services.collector.rules import Rules
 from services.collector.standing import Fresh
 from services.collector.submission import Submission
-from services.collector.tables import feedback, feedback_generations, generations
+from services.collector.tables import feedback, feedback_generations
 from thumbwheel import errors
-from thumbwheel.v1.events_pb2 import GenerationEvent
 
 Result: TypeAlias = Recorded | errors.ThumbwheelError
 
@@ -41,7 +40,6 @@ SELECT user_id, outcome, sample_id FROM feedback
 WHERE tenant = :tenant AND (user_id, item) IN (VALUES :many) ORDER BY feedback_id
 """
 _ARRIVED = f"SELECT {', '.join(Arrived._fields)} FROM generations WHERE generation_id IN (:many)"
-_EVENT = select(generations.c.event).where(generations.c.generation_id == bindparam("of_id"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,15 +262,7 @@ def groups_of(
     connection: Connection, curator: Curator, tenant: str, submissions: Sequence[Submission]
 ) -> dict[str, str]:
     """The groups of the submissions' prompts, by prompt id. Their generations have arrived."""
-    one_of = {one.prompt_id: one.claims[0].generation_id for one in submissions}
-    if not one_of:
-        return {}
-    found = curator.groups.known(connection, tenant, list(one_of))
-    for prompt_id, generation_id in one_of.items():
-        if prompt_id not in found:
-            data = connection.execute(_EVENT, {"of_id": generation_id}).scalar_one()
-            found[prompt_id] = curator.groups.group_of(connection, GenerationEvent.FromString(data))
-    return found
+    return curator.groups.of(connection, tenant, {one.prompt_id: one.claims[0].generation_id for one in submissions})
 
 
 def arrived(connection: Connection, ids: Collection[str]) -> Mapping[str, Arrived]:

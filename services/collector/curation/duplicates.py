@@ -48,6 +48,10 @@ class PromptGroups:
             known = self._group[tenant, prompt_id] = self._find(tenant, prompt_id, text)
         return known
 
+    def group(self, tenant: str, prompt_id: str) -> str | None:
+        """The group of a prompt that was added; None for any other."""
+        return self._group.get((tenant, prompt_id))
+
     def _find(self, tenant: str, prompt_id: str, text: str) -> str:
         words = _words(text)
         digest = blake2b("\0".join((tenant, *words)).encode(), digest_size=16).digest()
