@@ -73,8 +73,7 @@ async def test_what_waited_for_its_generations_keeps_the_trace_of_its_own_call(
     for trace in traces:
         a, b = deployment.pair()
         submission = Checker(deployment.key, 1_000).check(parts.comparison(a, b), tenant="default")
-        work = partial(ledger.submit, curator=curator_of(database), submission=submission, traceparent=trace)
-        await database.write(work)
+        await parts.record(database, submission, traceparent=trace)
         held += [a, b]
     await store(database, *held)
     comparisons = [row for row in await rows(database) if row.topic == topics.COMPARISONS]
