@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -100,6 +102,14 @@ def versions(base: Path, pairs: Sequence[Pair], learning_rate: float, rounds: in
     return found
 
 
+def learnt(folder: Path, model: str | None, *, pairs: int, rounds: int) -> list[Path]:
+    """As `versions`, at the default learning rate, by a process of its own: its memory goes with it."""
+    command = [sys.executable, "-m", "bench.delta", "--pairs", str(pairs), "--rounds", str(rounds)]
+    command += ["--write", str(folder), *(["--model", model] if model else [])]
+    subprocess.run(command, check=True, timeout=1800)
+    return [folder / str(number) for number in range(rounds + 1)]
+
+
 def measure(parent: Path, child: Path, learning_rate: float) -> Measured:
     """Writes a delta, applies it, and compares every byte (by hash)."""
     from thumbwheel import files
@@ -129,6 +139,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=96, help="pairs to learn from, over all rounds")
     parser.add_argument("--rounds", type=int, default=2, help="versions at each learning rate")
     parser.add_argument("--model", default=None, help="a folder or a Hugging Face id; the default model where left out")
+    parser.add_argument("--write", type=Path, default=None, help="only learn, and leave the versions in this folder")
     given = parser.parse_args()
     runtime.prepare(threads=0)
     from trainer import base
@@ -137,6 +148,9 @@ def main() -> None:
     model = base.fetch(given.model)
     pairs = samples(model, given.pairs)
     default = TrainerSettings().policy_learning_rate
+    if given.write is not None:
+        versions(model, pairs, default, given.rounds, given.write)
+        return
     found: list[Measured] = []
     for learning_rate in (default, DEMO_LEARNING_RATE):
         with tempfile.TemporaryDirectory() as folder:

@@ -147,9 +147,7 @@ class Http:
         body = json.dumps(asked).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
         head += "Content-Type: application/json\r\n\r\n"
-        reader, writer = (
-            self._idle.pop() if self._idle else await asyncio.open_connection("127.0.0.1", self.port, limit=2**20)
-        )
+        reader, writer = await self._connection()
         start, first, usage = time.perf_counter(), 0.0, b""
         writer.write(head.encode() + body)
         status = await reader.readline()
@@ -166,6 +164,15 @@ class Http:
         await reader.readline()
         self._idle.append((reader, writer))
         return Answer(first, int(json.loads(usage.removeprefix(b"data: "))["usage"]["completion_tokens"]))
+
+    async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """One that was kept, and that the server has not closed meanwhile, or a new one."""
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()
+        return await asyncio.open_connection("127.0.0.1", self.port, limit=2**20)
 
     async def close(self) -> None:
         """Ends the connections."""

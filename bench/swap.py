@@ -3,9 +3,11 @@
     stall_vs_reload    longest gap of a stream around a swap, less its usual gap ÷ bare `reload_weights` of the weights
     restart_vs_stall   ending and starting the engine ÷ that stall
     swapping_vs_not    tokens a second with a swap every ten seconds, fetched from the store ÷ with none
+    delta_bytes        bytes of a version's delta ÷ bytes of its weights
 
-Each round starts the engine, and measures all of it in turn, so that what else the machine does falls on both sides of
-a ratio. Ratios are of each round; shown are their medians and their spread.
+The versions are those of a real run: DPO by the trainer's own learner, at its default learning rate. Each round
+starts the engine, and measures all of it in turn, so that what else the machine does falls on both sides of a ratio.
+Ratios are of each round; shown are their medians and their spread.
 """
 
 from __future__ import annotations
@@ -25,7 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import harness
+from bench.delta import learnt
 
+WEIGHTS = "model.safetensors"
+VERSIONS = 4
+"""The base and those that are learnt from it, one from the other."""
 CONCURRENCY = 8
 STREAM_TOKENS = 1500
 SETTLED = 24
@@ -45,12 +51,10 @@ class Round:
     steady: float = 0.0
 
 
-def publish(home: Path, model: Path, count: int) -> Any:
-    """A store with versions of the model, each with a few weights that differ and its probe; and its keys."""
-    import numpy as np
-
+def publish(home: Path, model: Path, folders: Sequence[Path]) -> Any:
+    """A store with the versions that were learnt, each with its delta and its probe, as the trainer publishes them."""
     from thumbwheel.auth import ManifestSigner, ManifestVerifier, create_keys
-    from thumbwheel.checkpoints import delta, tensors
+    from thumbwheel.checkpoints import delta
     from thumbwheel.checkpoints.store import LocalStore, version_name
     from thumbwheel.v1.rollout_pb2 import CheckpointManifest, ModelRole, Probe
     from trainer import models
@@ -61,39 +65,41 @@ def publish(home: Path, model: Path, count: int) -> Any:
     store = LocalStore(home / "store", ManifestVerifier.load(home / "keys"))
     publishing.ensure_base(model, store, signer)
     base = store.load(version_name(ModelRole.MODEL_ROLE_POLICY, 0))
-    random = np.random.default_rng(0)
-    for sequence in range(1, count):
+    probe = base.manifest.probes[0]
+    prompt, continuation = list(probe.prompt_token_ids), list(probe.token_ids)
+    for sequence, version in enumerate(folders[1:], 1):
         parent = version_name(ModelRole.MODEL_ROLE_POLICY, sequence - 1)
-
-        def write(folder: Path, parent: str = parent) -> None:
-            publishing.copy_tokenizer(base, folder)
-            weights = folder / "model.safetensors"
-            shutil.copyfile(store.root / parent / weights.name, weights)
-            _, table = tensors.read_header(weights)
-            bits = np.memmap(
-                weights, np.uint16, "r+", offset=table[0].start, shape=((table[-1].end - table[0].start) // 2,)
-            )
-            moved = random.choice(len(bits), len(bits) // 50, replace=False)
-            bits[moved] ^= 1
-            bits.flush()
-            delta.write(store.root / parent / weights.name, weights, weights.with_name(weights.name + delta.SUFFIX))
-
+        publishing.copy_tokenizer(base, version)
+        weights = version / WEIGHTS
+        delta.write(store.root / parent / WEIGHTS, weights, version / (WEIGHTS + delta.SUFFIX))
+        found = models.continuation_logprobs(models.load_causal(version).eval(), prompt, continuation)
         manifest = CheckpointManifest(
             version=version_name(ModelRole.MODEL_ROLE_POLICY, sequence),
             role=ModelRole.MODEL_ROLE_POLICY,
             sequence=sequence,
             parent=parent,
             base_model=base.manifest.base_model,
+            probes=[Probe(prompt_token_ids=prompt, token_ids=continuation, logprobs=found)],
         )
-        with tempfile.TemporaryDirectory() as name:
-            write(Path(name))
-            shutil.copyfile(base.path / "config.json", Path(name, "config.json"))
-            probe = base.manifest.probes[0]
-            prompt, continuation = list(probe.prompt_token_ids), list(probe.token_ids)
-            found = models.continuation_logprobs(models.load_causal(Path(name)).eval(), prompt, continuation)
-            manifest.probes.append(Probe(prompt_token_ids=prompt, token_ids=continuation, logprobs=found))
-            store.publish(manifest, partial(_copy, Path(name)), signer)
+        store.publish(manifest, partial(_copy, version), signer)
     return store
+
+
+def delta_sizes(store: Any, count: int) -> harness.Ratio:
+    """Bytes of each delta, and of the weights that it makes; each is applied, and must come to the very same bytes."""
+    from thumbwheel import files
+    from thumbwheel.checkpoints import delta
+
+    ratio = harness.Ratio("delta_bytes", "MB", harness.Target(most=0.05))
+    for sequence in range(1, count):
+        parent, folder = (store.root / f"policy-{number:06d}" for number in (sequence - 1, sequence))
+        whole, packed = folder / WEIGHTS, folder / (WEIGHTS + delta.SUFFIX)
+        with tempfile.TemporaryDirectory() as name:
+            made = Path(name, WEIGHTS)
+            delta.apply(parent / WEIGHTS, packed, made, sha256=files.sha256(whole))
+            assert made.read_bytes() == whole.read_bytes()
+        ratio.add(packed.stat().st_size / 1e6, whole.stat().st_size / 1e6)
+    return ratio
 
 
 def _copy(source: Path, folder: Path) -> None:
@@ -188,7 +194,7 @@ async def one_round(home: Path, store: Any, number: int, seconds: float) -> Roun
     from thumbwheel.checkpoints.held import HeldVersions
 
     found = Round()
-    names = [f"policy-{sequence:06d}" for sequence in range(3)]
+    names = [f"policy-{sequence:06d}" for sequence in range(VERSIONS)]
     held = HeldVersions(home / "held", store)
     settings = PolicySettings(home=home)
     first = held.fetch(names[0], timeout=60.0)
@@ -219,6 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.swap")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=30.0, help="length of each measurement of tokens a second")
+    parser.add_argument("--pairs", type=int, default=48, help="pairs that the versions are learnt from, in all")
     parser.add_argument("--model", default=None, help="a folder or a Hugging Face id; the default model where left out")
     given = parser.parse_args()
     from trainer import base, runtime
@@ -227,7 +234,9 @@ def main() -> None:
     runtime.quiet_transformers()
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
-        store = publish(home, base.fetch(given.model), 3)
+        folders = learnt(home / "learnt", given.model, pairs=given.pairs, rounds=VERSIONS - 1)
+        store = publish(home, base.fetch(given.model), folders)
+        deltas = delta_sizes(store, VERSIONS)
         rounds = []
         for number in range(given.rounds):
             rounds.append(asyncio.run(one_round(home, store, number, given.seconds)))
@@ -247,7 +256,7 @@ def main() -> None:
         stall.add(lost, 1000 * statistics.median(one.reloads))
         restart.add(1000 * one.restart, lost)
         swapping.add(one.swapping, one.steady)
-    harness.report("swap", [stall, restart, swapping], len(rounds))
+    harness.report("swap", [stall, restart, swapping, deltas], len(rounds))
 
 
 if __name__ == "__main__":

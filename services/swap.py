@@ -1,12 +1,13 @@
 """The swap of a running engine's weights: all or nothing, and true.
 
-    verify   tensors, dtypes, shapes, tokenizer, finite weights            serving goes on
-    wait     calls that need one version throughout end; others wait
-    pause    requests are frozen, ended or awaited; KV and prefix caches go   no token of old keys with new weights
-    load     the new weights                                               ┐
-    probe    what the manifest says they compute, within a tolerance       │ on any fault:
-    label    tokens are of the new version from here on                    ┘ restore the old weights, and probe them
-    resume   requests go on, their prefix computed anew
+    verify    tensors, dtypes, shapes, tokenizer, finite weights            serving goes on
+    load      the new weights, beside the old ones
+    wait      calls that need one version throughout end; others wait
+    pause     requests are frozen, ended or awaited; KV and prefix caches go   no token of old keys with new weights
+    exchange  the new weights take the place of the old                     ┐
+    probe     what the manifest says they compute, within a tolerance       │ on any fault:
+    label     tokens are of the new version from here on                    ┘ restore the old weights, and probe them
+    resume    requests go on, their prefix computed anew
 
 Swaps take turns, and of those that wait only the newest is done. docs/swaps.md says what comes of which fault.
 """
@@ -46,6 +47,7 @@ STEP_FAILURES = Counter("thumbwheel_swap_step_failures_total", "Steps of swaps t
 LIVE_SEQUENCE = Gauge("thumbwheel_live_version_sequence", "Number of the live version within its role.")
 
 SWAPS_REMEMBERED = 256
+_LOOK_SECONDS = 0.05
 
 PauseMode = Literal["keep", "wait", "abort"]
 
@@ -136,16 +138,44 @@ class Swapper:
         except TimeoutError:
             return self._record(target, SwapOutcome.SWAP_OUTCOME_REFUSED, error="It was not verified in time.")
         try:
+            with step("load"):
+                async with asyncio.timeout(limits.swap_load_seconds):
+                    staged = await self._load_beside(target)
+        except Exception as error:  # whatever it is, the weights in use were not touched
+            logger.exception("%s could not be loaded", target.manifest.version)
+            await self._end_staging()
+            return self._record(target, SwapOutcome.SWAP_OUTCOME_REFUSED, error=f"{type(error).__name__}: {error}")
+        try:
             async with self._turnstile.swap(limits.swap_wait_seconds, waiting=step("wait")):
-                return await self._replace(target, mode, back=back)
+                return await self._replace(target, mode, staged=staged, back=back)
         except TimeoutError as error:
             message = "Calls in flight did not end in time."
             self._record(target, SwapOutcome.SWAP_OUTCOME_REFUSED, error=message)
             raise errors.Unavailable(message, remedy="It is tried again.") from error
+        finally:
+            await self._end_staging()
 
-    async def _replace(self, target: VerifiedVersion, mode: PauseMode, *, back: bool) -> Swap:
+    async def _load_beside(self, target: VerifiedVersion) -> bool:
+        """The new weights beside the old ones. False where the workers replace theirs in place."""
+        if not all(await self._llm.collective_rpc("stage", kwargs={"weights_path": str(target.path)})):
+            return False
+        while not all(await self._llm.collective_rpc("staged")):  # noqa: ASYNC110 - only asking can tell
+            await asyncio.sleep(_LOOK_SECONDS)
+        return True
+
+    async def _end_staging(self) -> None:
+        """Lets go of the weights that are not in use. They cost memory and nothing else, so a fault here is only said;
+        an engine that has died is noticed by whoever watches it.
+        """
+        try:
+            async with asyncio.timeout(self._settings.swap_resume_seconds):
+                await self._llm.collective_rpc("end_staging")
+        except Exception:
+            logger.exception("the weights that are not in use stay in memory")
+
+    async def _replace(self, target: VerifiedVersion, mode: PauseMode, *, staged: bool, back: bool) -> Swap:
         """From the pause to the end. Whatever happens, either version serves afterwards, or `errors.Internal`."""
-        before, started, failure = self.live, time.perf_counter(), ""
+        before, started, failure, exchanged = self.live, time.perf_counter(), "", False
         name, limits = target.manifest.version, self._settings
         try:
             try:
@@ -156,9 +186,13 @@ class Swapper:
                 self._record(target, SwapOutcome.SWAP_OUTCOME_REFUSED, error=f"It did not pause: {error!r}")
                 raise errors.Unavailable(f"The engine did not pause for {name}: {error!r}.") from error
             try:
-                with step("load"):
+                with step("exchange"):
                     async with asyncio.timeout(limits.swap_load_seconds):
-                        await self._llm.collective_rpc("swap_weights", kwargs={"weights_path": str(target.path)})
+                        if staged:
+                            await self._llm.collective_rpc("exchange_weights")
+                            exchanged = True
+                        else:
+                            await self._llm.collective_rpc("swap_weights", kwargs={"weights_path": str(target.path)})
                 with step("probe"):
                     async with asyncio.timeout(limits.swap_probe_seconds):
                         await self._probes.check(target)
@@ -168,7 +202,7 @@ class Swapper:
             except Exception as error:  # whatever went wrong, the old weights must come back before we resume
                 logger.exception("swap to %s failed; putting %s back", name, before.manifest.version)
                 failure = f"{type(error).__name__}: {error}"
-                await self._restore(before)
+                await self._restore(before, exchanged=exchanged)
             await self._resume()
         except errors.Unavailable:
             raise
@@ -197,15 +231,19 @@ class Swapper:
             async with asyncio.timeout(self._settings.swap_resume_seconds):
                 await self._llm.resume_generation()
 
-    async def _restore(self, before: VerifiedVersion) -> None:
-        """The old weights from the local disk, and proof that they compute what they computed before.
+    async def _restore(self, before: VerifiedVersion, *, exchanged: bool) -> None:
+        """The old weights, and proof that they compute what they computed before. From where the exchange has put them,
+        or, where it cannot be known what it has done or there was none, from the local disk.
 
         A load that ran out of time is still under way in the workers, which do one thing after the other: so this step
         has a longer time-out than that one.
         """
         with step("restore"):
             async with asyncio.timeout(self._settings.swap_restore_seconds):
-                await self._llm.collective_rpc("swap_weights", kwargs={"weights_path": str(before.path)})
+                if exchanged:
+                    await self._llm.collective_rpc("exchange_weights")
+                else:
+                    await self._llm.collective_rpc("swap_weights", kwargs={"weights_path": str(before.path)})
                 await self._probes.check_restored(before)
                 await self._llm.update_weight_version(before.manifest.version)
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from services.staging import StagingWorker
+
 PROBE = "thumbwheel-probe"
 
 
-class SwapWorker:
+class SwapWorker(StagingWorker):
     """Mixed into vLLM's worker (`worker_extension_cls`), whose methods and `model_runner` it uses."""
 
-    model_runner: Any
     execute_model: Any
     sample_tokens: Any
 
     def swap_weights(self, weights_path: str) -> None:
-        """Replaces the model's weights by those in the folder.
+        """Replaces the model's weights by those in the folder, in place.
 
         vLLM's own `reload_weights` passes over an output layer that is tied to the embedding, since the checkpoint has
         no weights of its own for it: on CPUs, where that layer multiplies with a packed copy, it would go on with the

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,7 @@ pytestmark = [
 ]
 POLICY, REWARD = ModelRole.MODEL_ROLE_POLICY, ModelRole.MODEL_ROLE_REWARD
 LIVE, ROLLED_BACK = SwapOutcome.SWAP_OUTCOME_LIVE, SwapOutcome.SWAP_OUTCOME_ROLLED_BACK
+REFUSED = SwapOutcome.SWAP_OUTCOME_REFUSED
 
 SLOTS = 8
 
@@ -143,6 +145,67 @@ async def test_a_swap_and_the_way_back_are_exact(world: World) -> None:
     assert await world.answers() == old
 
 
+def in_place(worker: Any, whether: bool) -> None:
+    """Runs in the worker: weights are replaced in place, as on a GPU."""
+    if whether:
+        worker.stage = lambda weights_path: False
+    else:
+        del worker.stage
+
+
+@asynccontextmanager
+async def replaced_in_place(world: World) -> AsyncIterator[None]:
+    """Swaps inside find workers that make nothing ready beforehand."""
+    await world.engine.llm.collective_rpc(in_place, args=(True,))
+    try:
+        yield
+    finally:
+        await world.engine.llm.collective_rpc(in_place, args=(False,))
+
+
+async def test_weights_compute_the_same_whichever_way_they_came(world: World) -> None:
+    await world.on(0)
+    await world.on(1)
+    exchanged = await world.answers()
+    async with replaced_in_place(world):
+        await world.on(0)
+        await world.on(1)
+        assert await world.answers() == exchanged
+        await world.on(0)
+    old = await world.answers()
+    await world.on(1)
+    assert await world.answers() == exchanged != old
+
+
+def break_staging(worker: Any, after: int) -> None:
+    """Runs in the worker: the next weights to be made ready end after so many tensors."""
+    from services.staging import Staged
+
+    whole = Staged._weights
+
+    def some(staged: Staged) -> Any:
+        Staged._weights = whole  # type: ignore[method-assign]  # as it was
+        for number, item in enumerate(staged._weights()):
+            if number == after:
+                raise OSError("the disk is gone")
+            yield item
+
+    Staged._weights = some  # type: ignore[method-assign,assignment]  # for once
+
+
+@pytest.mark.parametrize("after", [0, 7])
+async def test_weights_that_cannot_be_made_ready_leave_serving_alone(world: World, after: int) -> None:
+    await world.on(0)
+    old = await world.answers()
+    await world.engine.llm.collective_rpc(break_staging, args=(after,))
+    swap = await world.engine.swap(world.versions[1])
+    assert (swap.outcome, swap.pause_seconds) == (REFUSED, 0.0)
+    assert "the disk is gone" in swap.error
+    assert await world.answers() == old
+    await world.on(1)
+    assert await world.answers() != old
+
+
 def break_next_load(worker: Any, after: int) -> None:
     """Runs in the worker: the next load fails once it has read `after` tensors."""
     model = worker.model_runner.get_model()
@@ -168,8 +231,9 @@ async def test_a_load_that_fails_midway_leaves_the_old_weights(world: World, aft
     await world.on(0)
     old = await world.answers()
     running = [asyncio.create_task(world.answer([6, n], f"run-{after}-{n}", max_tokens=200)) for n in range(4)]
-    await world.engine.llm.collective_rpc(break_next_load, args=(after,))
-    swap = await world.engine.swap(world.versions[1])
+    async with replaced_in_place(world):
+        await world.engine.llm.collective_rpc(break_next_load, args=(after,))
+        swap = await world.engine.swap(world.versions[1])
     assert swap.outcome == ROLLED_BACK
     assert "the disk is gone" in swap.error
     assert [len((await task).outputs[0].token_ids) for task in running] == [200] * 4
@@ -193,7 +257,7 @@ async def test_a_version_that_does_not_reproduce_its_probe_is_undone(world: Worl
     assert await world.answers() == old
 
 
-async def test_a_load_that_is_too_slow_is_undone(world: World) -> None:
+async def test_a_load_that_is_too_slow_is_given_up(world: World) -> None:
     await world.on(0)
     old = await world.answers()
     swapper = world.engine._swapper
@@ -201,7 +265,7 @@ async def test_a_load_that_is_too_slow_is_undone(world: World) -> None:
     swapper._settings = settings.model_copy(update={"swap_load_seconds": 0.001})
     swap = await world.engine.swap(world.versions[1])
     swapper._settings = settings
-    assert swap.outcome == ROLLED_BACK
+    assert swap.outcome == REFUSED
     assert "TimeoutError" in swap.error
     assert await world.answers() == old
 

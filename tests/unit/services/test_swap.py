@@ -37,9 +37,13 @@ PROBE = Probe(prompt_token_ids=[5, 6], token_ids=[7, 8], logprobs=[-1.0, -2.0])
 
 
 class FakeLLM:
-    """Remembers what it was asked; fails, hangs or computes something else when told to."""
+    """Remembers what it was asked; fails, hangs or computes something else when told to. Its workers replace weights in
+    place, or, with `beside`, make them ready first.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, *, beside: bool = False) -> None:
+        self.beside = beside
+        self.staged = ""
         self.calls: list[str] = []
         self.failing: dict[str, int] = {}
         self.hanging: set[str] = set()
@@ -66,11 +70,25 @@ class FakeLLM:
 
     async def collective_rpc(
         self, method: str, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> list[list[float] | None]:
+    ) -> list[Any]:
         if method == "swap_weights":
             assert kwargs is not None
             self.loaded = Path(kwargs["weights_path"]).name
             await self._called(f"load {self.loaded}")
+            return [None]
+        if method == "stage":
+            assert kwargs is not None
+            self.staged = Path(kwargs["weights_path"]).name
+            return [self.beside, self.beside]
+        if method == "end_staging":
+            self.staged = ""
+            return [None]
+        if method == "staged":
+            await self._called(f"is {self.staged} ready")
+            return [True, self.calls.count(f"is {self.staged} ready") > 1]
+        if method == "exchange_weights":
+            self.loaded, self.staged = self.staged, self.loaded
+            await self._called(f"exchange for {self.loaded}")
             return [None]
         await self._called(f"{method} {self.loaded}")
         return [[], self.logprobs.get(self.loaded, [-1.0, -2.0])]
@@ -106,7 +124,7 @@ def seconds(step: str) -> float:
 async def test_the_order_of_a_swap(versions: Versions) -> None:
     llm = FakeLLM()
     swapper = await begin(llm, versions[0])
-    steps = ("verify", "wait", "pause", "load", "probe", "label", "resume", "paused")
+    steps = ("verify", "load", "wait", "pause", "exchange", "probe", "label", "resume", "paused")
     before = {step: seconds(step) for step in steps}
     swap = await swapper.swap(versions[1])
     assert llm.calls == [
@@ -121,6 +139,60 @@ async def test_the_order_of_a_swap(versions: Versions) -> None:
     assert {step: seconds(step) - before[step] for step in steps} == dict.fromkeys(steps, 1.0)
 
 
+async def test_weights_are_made_ready_before_requests_rest(versions: Versions) -> None:
+    llm = FakeLLM(beside=True)
+    swapper = await begin(llm, versions[0])
+    assert (await swapper.swap(versions[1])).outcome == LIVE
+    assert llm.calls == [
+        "is policy-000001 ready",  # not at the second worker
+        "is policy-000001 ready",
+        "pause keep",
+        "exchange for policy-000001",
+        "probe_logprobs policy-000001",
+        "label policy-000001",
+        "resume",
+    ]
+    assert llm.staged == ""
+
+
+@pytest.mark.parametrize("how", ["fails", "hangs"])
+async def test_weights_that_cannot_be_made_ready_are_refused_and_nobody_rests(versions: Versions, how: str) -> None:
+    llm = FakeLLM(beside=True)
+    swapper = await begin(llm, versions[0], swap_load_seconds=0.05)
+    if how == "fails":
+        llm.failing["is policy-000001 ready"] = 1
+    else:
+        llm.hanging.add("is policy-000001 ready")
+    swap = await swapper.swap(versions[1])
+    assert swap.outcome == REFUSED
+    assert ("no is policy-000001 ready" if how == "fails" else "TimeoutError") in swap.error
+    assert llm.calls == ["is policy-000001 ready"]
+    assert (swapper.live, llm.staged) == (versions[0], "")
+
+
+async def test_weights_that_were_exchanged_are_exchanged_back(versions: Versions) -> None:
+    """Without the disk: what was in use is still there."""
+    llm = FakeLLM(beside=True)
+    swapper = await begin(llm, versions[0])
+    llm.logprobs["policy-000001"] = [-9.0, -9.0]
+    assert (await swapper.swap(versions[1])).outcome == ROLLED_BACK
+    assert llm.calls[-5:] == [
+        "probe_logprobs policy-000001",
+        "exchange for policy-000000",
+        "probe_logprobs policy-000000",
+        "label policy-000000",
+        "resume",
+    ]
+
+
+async def test_where_it_is_not_known_whether_they_were_exchanged_the_disk_says(versions: Versions) -> None:
+    llm = FakeLLM(beside=True)
+    swapper = await begin(llm, versions[0])
+    llm.failing["exchange for policy-000001"] = 1
+    assert (await swapper.swap(versions[1])).outcome == ROLLED_BACK
+    assert llm.calls[-5:] == ["exchange for policy-000001", *BACK]
+
+
 async def test_a_swap_is_a_trace(versions: Versions, monkeypatch: pytest.MonkeyPatch) -> None:
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
@@ -130,7 +202,7 @@ async def test_a_swap_is_a_trace(versions: Versions, monkeypatch: pytest.MonkeyP
     llm.failing["load policy-000001"] = 1
     await swapper.swap(versions[1])
     spans = {span.name: span for span in exporter.get_finished_spans()}
-    steps = ["swap.verify", "swap.wait", "swap.pause", "swap.load", "swap.restore", "swap.resume"]
+    steps = ["swap.verify", "swap.load", "swap.wait", "swap.pause", "swap.exchange", "swap.restore", "swap.resume"]
     assert [span.name for span in exporter.get_finished_spans()] == [*steps, "swap"]
     whole = spans["swap"]
     assert dict(whole.attributes or {}) == {
@@ -140,7 +212,7 @@ async def test_a_swap_is_a_trace(versions: Versions, monkeypatch: pytest.MonkeyP
         "outcome": "SWAP_OUTCOME_ROLLED_BACK",
     }
     assert [span.parent for name, span in spans.items() if name != "swap"] == [whole.context] * len(steps)
-    assert {name for name, span in spans.items() if span.status.status_code == StatusCode.ERROR} == {"swap.load"}
+    assert {name for name, span in spans.items() if span.status.status_code == StatusCode.ERROR} == {"swap.exchange"}
 
 
 @pytest.mark.parametrize("mode", ["keep", "wait", "abort"])
