@@ -30,7 +30,7 @@ class SwapSettings(ServerSettings):
     """Longest time for the engine to pause."""
 
     swap_load_seconds: float = Field(default=60.0, gt=0)
-    """Longest time to load the new weights; past it the old ones are put back."""
+    """Longest time to load the new weights; past it serving goes on with the old ones."""
 
     swap_probe_seconds: float = Field(default=15.0, gt=0)
     """Longest time to probe the new weights; past it the old ones are put back."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import statistics
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -285,19 +286,20 @@ async def test_rollouts_hardly_delay_people(client: AsyncClient) -> None:
         return (await client.policy()).requests_in_flight == SLOTS // 4
 
     await people(5)
-    without: list[float] = []
-    beside: list[float] = []
-    for _ in range(4):  # in turns, so that whatever else the machine does befalls both
-        without += await people(12)
+    ratios = []
+    for _ in range(5):  # in turns, so that whatever else the machine does befalls both
+        without = await people(12)
         running = asyncio.create_task(rollouts())
         await until(rolling)
-        beside += await people(12)
+        beside = await people(12)
         running.cancel()
         await asyncio.wait([running])
         await _idle(client)
-    p99 = [sorted(times)[int(0.99 * len(times))] for times in (without, beside)]
-    print(f"p99 first token: {p99[0]:.4f} s without rollouts, {p99[1]:.4f} s beside them")
-    assert p99[1] <= 1.5 * p99[0]
+        p99 = [sorted(times)[int(0.99 * len(times))] for times in (without, beside)]
+        print(f"p99 first token: {p99[0]:.4f} s without rollouts, {p99[1]:.4f} s beside them")
+        ratios.append(p99[1] / p99[0])
+    # The middle one: a machine that others use too stops now and then, for longer than what is measured.
+    assert statistics.median(ratios) <= 1.5
 
 
 async def test_what_a_lost_broker_held_is_recorded_again(world: World, client: AsyncClient) -> None:
