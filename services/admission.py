@@ -104,6 +104,12 @@ class Admission:
                     self._share += _SHARE_WEIGHT * (ticket.used / allowed - self._share)
             self._measure()
 
+    def turn_away(self) -> None:
+        """Raises `errors.ResourceExhausted` where even the smallest call would not be taken now. For before anything
+        else is done with a call: what is turned away then costs next to nothing, and those who are in nothing.
+        """
+        self._refuse(1, 0.0)
+
     def expected_wait(self, sequences: int = 1, tokens: float = 0.0) -> float:
         """Seconds until these sequences would have their turn; infinite where that is not known and the queue long."""
         if self.in_flight == 0:

@@ -38,6 +38,9 @@ class Engine:
         # Read by vLLM's CPU backend when its worker starts; a GPU build ignores them.
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings.kv_cache_gib)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = settings.cpu_threads_bind
+        # How many streams a step's tokens go to before others have a turn in our event loop: a call that is turned away
+        # is told so within milliseconds, also while a full batch is being handed out.
+        os.environ.setdefault("VLLM_V1_OUTPUT_PROC_CHUNK_SIZE", "16")
         # We configure logging ourselves; vLLM's own lines stay on standard error.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -41,6 +41,7 @@ class PolicyService(PolicyServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         """One response, whole."""
+        self._admission.turn_away()
         asked = self._generating.check(
             request.prompt,
             request.sampling,
@@ -56,6 +57,7 @@ class PolicyService(PolicyServiceServicer):
         self, request: pb.GenerateStreamRequest, context: Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         """One response, in pieces."""
+        self._admission.turn_away()
         asked = self._generating.check(
             request.prompt,
             request.sampling,
@@ -83,6 +85,7 @@ class PolicyService(PolicyServiceServicer):
         """Several responses to one prompt, to be compared."""
         if not 2 <= request.n <= MAX_CANDIDATES:
             raise errors.InvalidArgument(f"is {request.n}; it must be from 2 to {MAX_CANDIDATES}.", field="n")
+        self._admission.turn_away()
         asked = self._generating.check(
             request.prompt,
             request.sampling,

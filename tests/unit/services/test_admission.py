@@ -150,3 +150,20 @@ def test_calls_that_failed_teach_nothing() -> None:
     engine.go(None)
     assert engine.admission._share == 1.0
     assert engine.admission.in_flight == 0
+
+
+def test_who_would_not_come_in_is_turned_away_before_anything_is_done() -> None:
+    engine = Engine(max_wait=2.0)
+    for _ in range(4):
+        engine.come()
+    engine.work(3)
+    engine.admission.turn_away()
+    while engine.come():
+        pass
+    with pytest.raises(errors.ResourceExhausted) as caught:
+        engine.admission.turn_away()
+    assert caught.value.retry_after > 0
+    engine.now += 2.0
+    for _ in range(4):
+        engine.go()
+    engine.admission.turn_away()
