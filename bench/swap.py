@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import random
 import shutil
 import statistics
 import tempfile
@@ -34,6 +35,9 @@ VERSIONS = 4
 """The base and those that are learnt from it, one from the other."""
 CONCURRENCY = 8
 STREAM_TOKENS = 1500
+"""Of streams in which a stall is looked for: none ends by itself at a moment that counts."""
+ANSWERS = 32, 160
+"""Tokens of a response, where tokens a second are measured."""
 SETTLED = 24
 """Tokens of each stream before a swap, and after it, from which its usual gap is taken."""
 
@@ -107,20 +111,26 @@ def _copy(source: Path, folder: Path) -> None:
 
 
 @asynccontextmanager
-async def streams(llm: Any, label: str, ends: list[list[float]]) -> AsyncIterator[None]:
-    """Streams that go on inside; `ends` gets the time of every token of each."""
+async def streams(
+    llm: Any, label: str, ends: list[list[float]], *, least: int = STREAM_TOKENS, most: int = STREAM_TOKENS
+) -> AsyncIterator[None]:
+    """Streams that go on inside, one response of `least` to `most` tokens after the other. `ends` gets the time of each
+    token of each.
+    """
     import vllm
     from vllm.sampling_params import RequestOutputKind
-
-    params = vllm.SamplingParams(
-        temperature=1.0, max_tokens=STREAM_TOKENS, ignore_eos=True, output_kind=RequestOutputKind.DELTA
-    )
 
     async def one(number: int) -> None:
         times: list[float] = []
         ends.append(times)
-        # Streams are as many at any time, and none ends by itself at a moment that counts.
+        dice = random.Random(number)
         for turn in itertools.count():
+            params = vllm.SamplingParams(
+                temperature=1.0,
+                max_tokens=dice.randint(least, most),
+                ignore_eos=True,
+                output_kind=RequestOutputKind.DELTA,
+            )
             prompt = vllm.TokensPrompt(prompt_token_ids=[100 + number, *range(200, 230)])
             async for output in llm.generate(prompt, params, f"{label}-{number}-{turn}"):
                 times.extend([time.perf_counter()] * len(output.outputs[0].token_ids))
@@ -153,7 +163,7 @@ async def measure_stall(engine: Any, target: Any, label: str, into: Round) -> No
         stalls, usual = [], []
         for times in ends:
             gaps = [(b - a, b) for a, b in itertools.pairwise(times)]
-            common = statistics.median(gap for gap, end in gaps if end < asked or gap > 0)
+            common = statistics.median(gap for gap, _ in gaps)
             usual.append(common)
             stalls.append(max(gap for gap, end in gaps if end > asked) - common)
     into.stalls.append(statistics.median(stalls))
@@ -171,7 +181,7 @@ async def measure_reload(engine: Any, into: Round) -> None:
 async def throughput(engine: Any, held: Any, names: Sequence[str], seconds: float, every: float, label: str) -> float:
     """Tokens a second; with a version brought from the store and swapped in `every` so many seconds, where not 0."""
     ends: list[list[float]] = []
-    async with streams(engine.llm, label, ends):
+    async with streams(engine.llm, label, ends, least=ANSWERS[0], most=ANSWERS[1]):
         await until_tokens(ends, SETTLED)
         start, number = time.perf_counter(), 0
         while (left := start + seconds - time.perf_counter()) > 0:
