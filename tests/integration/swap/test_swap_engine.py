@@ -366,7 +366,7 @@ async def test_a_cancelled_call_frees_its_slot_within_one_step(world: World) -> 
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def scorer(tmp_path_factory: pytest.TempPathFactory, world: World) -> AsyncIterator[World]:
+async def scorer(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
     """A reward model."""
     home = tmp_path_factory.mktemp("home")
     versions = publish(Deployment(home), tmp_path_factory.mktemp("models"), REWARD)
