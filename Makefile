@@ -24,6 +24,10 @@ setup: ## Install everything into .venv; does only what has not been done
 		"python3.11 python3.11-venv python3.11-dev g++; elsewhere take it from python.org or pyenv." >&2; exit 1; }
 	@$(PYTHON) requirements/install.py
 
+.PHONY: tools
+tools: setup ## Install the tools that need an environment of their own, into .venv/tools
+	@$(PYTHON) requirements/install.py --tools
+
 .PHONY: demo
 demo: setup ## Watch simulated users change a real model's behaviour
 	@$(BIN)/thumbwheel demo $(ARGS)
@@ -56,6 +60,10 @@ check-protos: setup
 	diff -rq -x '__*' "$$fresh/$(STUBS)" $(STUBS) || { echo "$(STUBS) is not what proto/ says: make protos" >&2; exit 1; }
 	cd proto && ../$(BIN)/buf lint
 	cd proto && ../$(BIN)/buf breaking --against $(GOLDEN:proto/%=%)
+
+.PHONY: check-k8s
+check-k8s: tools ## Render what Kubernetes is given, and check it by schemas, checkov and our own rules
+	@$(BIN)/python -m k8s.check
 
 .PHONY: protos
 protos: setup ## Write the stubs of proto/ anew

@@ -29,6 +29,7 @@ LOCKS = ROOT / "requirements"
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMPS = VENV / ".setup"
+TOOLS = VENV / "tools"
 LOG = VENV / "setup.log"
 
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -95,12 +96,12 @@ def create_venv() -> None:
         )
 
 
-def pip(*arguments: str | Path, expected: int = 0) -> None:
+def pip(*arguments: str | Path, expected: int = 0, python: Path = PYTHON) -> None:
     """Runs `pip install`, says how far it is, and keeps all it prints in the log.
 
     `expected` is how many packages it will name, for the progress shown. Raises SetupError with what went wrong.
     """
-    command = [PYTHON, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", *arguments]
+    command = [python, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps", *arguments]
     fetched, last_told, lines = 0, time.monotonic(), list[str]()
     with (
         LOG.open("a") as log,
@@ -143,6 +144,13 @@ def install_sources() -> None:
     pip("--require-hashes", "--no-build-isolation", "-r", LOCKS / "source.lock")
 
 
+def install_tools() -> None:
+    """What does not fit beside the rest, in an environment of its own."""
+    if not (TOOLS / "bin" / "python").exists():
+        subprocess.run([PYTHON, "-m", "venv", TOOLS], check=True, capture_output=True)
+    pip("--require-hashes", "-r", LOCKS / "tools.lock", python=TOOLS / "bin" / "python")
+
+
 def install_project() -> None:
     """Thumbwheel itself, as a path entry."""
     pip("--no-build-isolation", "--editable", ROOT)
@@ -176,9 +184,10 @@ def turn() -> Iterator[None]:
         os.close(folder)
 
 
-def set_up() -> None:
-    """Does what has not been done yet. Raises SetupError."""
-    todo = [step for step in steps() if not step.done]
+def set_up(*, tools: bool = False) -> None:
+    """Does what has not been done yet, with the tools where they are asked for. Raises SetupError."""
+    wanted = [*steps(), *([Step("tools", (LOCKS / "tools.lock").read_text(), install_tools)] if tools else [])]
+    todo = [step for step in wanted if not step.done]
     if not todo:
         return
     started = time.monotonic()
@@ -197,7 +206,7 @@ def main() -> None:
     os.environ.pop("PYTHONPATH", None)
     try:
         with turn():
-            set_up()
+            set_up(tools="--tools" in sys.argv[1:])
     except SetupError as error:
         sys.exit(f"setup: {error}")
 

@@ -67,7 +67,7 @@ def requirements(project: Mapping[str, Any]) -> list[str]:
 
 def current_pins() -> list[str]:
     """The pins of the present locks, as constraints."""
-    text = "".join(path.read_text() for path in sorted(LOCKS.glob("*.lock")))
+    text = "".join((LOCKS / f"{name}.lock").read_text() for name in ("torch", "cpu", "source"))
     return re.findall(r"^([^#\s]\S+==\S+)", text, flags=re.MULTILINE)
 
 
@@ -104,15 +104,26 @@ def write(path: Path, title: str, chosen: Iterable[Pin]) -> None:
     path.write_text(HEADER.format(title=title, left_out=left_out) + "".join(f"{pin}\n" for pin in chosen))
 
 
+def write_tools(wanted: Sequence[str], *, upgrade: bool) -> None:
+    """Writes tools.lock: programs whose own requirements do not fit beside ours, for an environment of their own."""
+    path = LOCKS / "tools.lock"
+    held = (
+        [] if upgrade or not path.exists() else re.findall(r"^([^#\s]\S+==\S+)", path.read_text(), flags=re.MULTILINE)
+    )
+    write(path, "Tools with an environment of their own, .venv/tools: `make tools`.", pins(resolve(wanted, held)))
+
+
 def main() -> None:
-    """Resolves and writes the three locks."""
+    """Resolves and writes the four locks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--upgrade", action="store_true", help="take the newest of everything that fits")
     upgrade: bool = parser.parse_args().upgrade
-    wanted = requirements(tomllib.loads((ROOT / "pyproject.toml").read_text()))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = requirements(project)
     held = [] if upgrade else current_pins()
     try:
         check_machine()
+        write_tools(project["dependency-groups"]["tools"], upgrade=upgrade)
         try:
             found = pins(resolve(wanted, held))
         except SetupError:

@@ -8,6 +8,7 @@ What it loses when it stops, the collector's database can publish again; beyond 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import logging
@@ -208,19 +209,22 @@ def _tail(log: Path) -> str:
     return log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace").strip() or "it logged nothing."
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the broker until SIGTERM or SIGINT (status 0), or until it ends by itself (status 1)."""
-    import argparse
-
-    from thumbwheel.config import split_address
-    from thumbwheel.telemetry import metrics_server, setup_logging
-
+def parser() -> argparse.ArgumentParser:
+    """What this process is told."""
     parser = argparse.ArgumentParser(prog="python -m thumbwheel.stream.broker", description=__doc__.split("\n")[0])
     parser.add_argument("--listen", default="127.0.0.1:9092", help="address of the broker (default %(default)s)")
     parser.add_argument("--log", type=Path, required=True, help="file to which the broker's output is appended")
     parser.add_argument("--metrics-port", type=int, default=9101, help="port of the Prometheus metrics")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
-    given = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the broker until SIGTERM or SIGINT (status 0), or until it ends by itself (status 1)."""
+    from thumbwheel.config import split_address
+    from thumbwheel.telemetry import metrics_server, setup_logging
+
+    given = parser().parse_args(argv)
     setup_logging("broker", given.log_level)
     die_with_parent()
     ending = threading.Event()
