@@ -16,7 +16,7 @@ protoc = PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I pr
 
 .PHONY: help
 help: ## Say what there is to make
-	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9%-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: ## Install everything into .venv; does only what has not been done
@@ -52,7 +52,7 @@ check-code: setup
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
-	MYPYPATH=requirements $(BIN)/mypy requirements/install.py requirements/lock.py
+	MYPYPATH=requirements $(BIN)/mypy requirements/install.py requirements/lock.py requirements/image.py
 
 .PHONY: check-protos
 check-protos: setup

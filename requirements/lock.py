@@ -67,7 +67,7 @@ def requirements(project: Mapping[str, Any]) -> list[str]:
 
 def current_pins() -> list[str]:
     """The pins of the present locks, as constraints."""
-    text = "".join((LOCKS / f"{name}.lock").read_text() for name in ("torch", "cpu", "source"))
+    text = "".join(path.read_text() for path in sorted(LOCKS.glob("*.lock")) if path.name != "tools.lock")
     return re.findall(r"^([^#\s]\S+==\S+)", text, flags=re.MULTILINE)
 
 

@@ -84,7 +84,7 @@ def test_lock_is_whole_and_has_nothing_to_spare() -> None:
     assert set(all_pins()) == needed(), "make lock"
 
 
-@pytest.mark.parametrize("lock", ["cpu.lock", "source.lock"])
+@pytest.mark.parametrize("lock", ["cpu.lock", "source.lock", "tools.lock"])
 def test_every_pin_has_a_hash(lock: str) -> None:
     lines = [line for line in (ROOT / "requirements" / lock).read_text().splitlines() if not line.startswith("#")]
     assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==\S+ --hash=sha256:[0-9a-f]{64}", line)] == []
@@ -134,9 +134,10 @@ def test_every_import_is_declared() -> None:
         "services": [Requirement(text) for text in (*everywhere, *optional["cpu"], *optional["web"])],
         "trainer": [Requirement(text) for text in (*everywhere, *optional["trainer"])],
         "tests": everything,
+        "k8s": everything,
     }
     providers = metadata.packages_distributions()
-    ours = {*allowed, "install", *sys.stdlib_module_names}
+    ours = {*allowed, "install", "k8s", *sys.stdlib_module_names}
     undeclared = [
         f"{path}:{line} imports {name}"
         for package, requirements in allowed.items()
@@ -182,9 +183,9 @@ def test_readme_tree_lists_what_there_is() -> None:
 
 
 def test_make_targets_named_in_documents_exist() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for document in tracked("*.md", "docs/*.md"):
-        for target in re.findall(r"`make ([a-z-]+)", (ROOT / document).read_text()):
+        for target in re.findall(r"`make ([a-z0-9-]+)", (ROOT / document).read_text()):
             bench = ROOT / "bench" / f"{target.removeprefix('bench-')}.py"
             assert target in targets or target == "bench-" or bench.exists(), f"{document}: make {target}"
 

@@ -71,4 +71,4 @@ def test_pins_are_kept_unless_an_upgrade_is_asked_for(
     monkeypatch.setattr(lock, "check_machine", lambda: None)
     monkeypatch.setattr("sys.argv", ["lock.py", *arguments])
     lock.main()
-    assert constraints == [held]
+    assert constraints == [[], held]  # the tools are resolved apart, and none is pinned yet
