@@ -1,7 +1,7 @@
 """Prints the packages that an image does not need, of all that are installed: `python requirements/image.py trainer`.
 
-Run where all of the locks is installed, as the first stage of the Dockerfile does: an image is made by taking away. What
-a package asks for is read from its own metadata; what the locks leave out (see lock.py) stays out.
+Run where all of the locks is installed, as the first stage of the Dockerfile does: an image is made by taking away.
+What a package asks for is read from its own metadata; what the locks leave out (see lock.py) stays out.
 """
 
 from __future__ import annotations
