@@ -73,7 +73,8 @@ def test_compose_sets_what_the_services_know(role: str) -> None:
     shared = {f"THUMBWHEEL_{name.upper()}" for one in SETTINGS.values() for name in one.model_fields}
     given = service["environment"]
     assert given.keys() <= fields.keys() | (COMPOSE["x-shared"].keys() & shared)
-    settings = SETTINGS[role](**{fields[name]: str(value) for name, value in given.items() if name in fields})
+    as_text = {fields[name]: str(value) for name, value in given.items() if name in fields}
+    settings = SETTINGS[role].model_validate(as_text)
     assert settings.listen == f"0.0.0.0:5005{ROLES.index(role) + 1}"
     port = int(settings.listen.rpartition(":")[2])
     assert role == "trainer" or f"127.0.0.1:{port}:{port}" in service["ports"]
