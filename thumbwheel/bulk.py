@@ -83,7 +83,7 @@ async def responses(
                         attempts.reset()
                         yield response
                 break
-            except grpc.aio.AioRpcError as error:
+            except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
                 await attempts.again(error)
             finally:
                 call.cancel()

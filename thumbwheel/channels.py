@@ -99,6 +99,21 @@ def bearer(api_key: str) -> Metadata:
     return (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
 
+def call_error(error: grpc.aio.AioRpcError | asyncio.CancelledError) -> errors.ThumbwheelError:
+    """The typed error of a call that failed. Raises `error` itself where it is the task that was cancelled.
+
+    A call that breaks while a request is being sent cancels itself, and grpc.aio reports that as it reports the task's
+    own cancellation; or it says "internal error", whatever the server said.
+    """
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise error
+    elif error.details() != _WRITE_FAILED:
+        return errors.from_rpc_error(error)
+    return errors.Unavailable("The server ended the call while it was written to.", remedy="Try again.")
+
+
 class Attempts:
     """The attempts at one call, under one deadline: `timeout` seconds, or what the call being handled has left.
 
@@ -119,11 +134,9 @@ class Attempts:
         """It went well for a while: the next pause is short again, and the count begins anew."""
         self._made = 0
 
-    async def again(self, error: grpc.aio.AioRpcError) -> None:
+    async def again(self, error: grpc.aio.AioRpcError | asyncio.CancelledError) -> None:
         """Waits until the next attempt. Raises the typed error where there is to be none."""
-        typed = errors.from_rpc_error(error)
-        if error.details() == _WRITE_FAILED:
-            typed = errors.Unavailable("The server ended the call while it was written to.", remedy="Try again.")
+        typed = call_error(error)
         self._made += 1
         pause = min(_FIRST_PAUSE * 2 ** (self._made - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.0)
         if isinstance(typed, errors.ResourceExhausted) and typed.retry_after > 0:

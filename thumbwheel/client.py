@@ -11,6 +11,7 @@ growing pauses: feedback carries an idempotency key, so it counts once, and of a
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Coroutine, Iterator, Sequence
@@ -24,7 +25,7 @@ from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from thumbwheel import bulk, errors, tracing
 from thumbwheel.calls import TENANT_KEY
-from thumbwheel.channels import Attempts, Metadata, Pool, bearer, check_key, unary
+from thumbwheel.channels import Attempts, Metadata, Pool, bearer, call_error, check_key, unary
 from thumbwheel.tls import ClientTls
 from thumbwheel.v1 import policy_pb2 as policy_pb
 from thumbwheel.v1 import preference_pb2 as preference_pb
@@ -231,6 +232,22 @@ class AsyncClient:
     async def score_items(self, items: Sequence[reward_pb.ScoreItem]) -> reward_pb.ScoreResponse:
         """Scores of up to 256 items, all by one version."""
         return await self._unary(self._reward.stub.Score, reward_pb.ScoreRequest(items=items))
+
+    async def score_stream(
+        self, items: Sequence[reward_pb.ScoreItem]
+    ) -> AsyncGenerator[reward_pb.ScoreStreamResponse, None]:
+        """Scores of any number of items, in their order, each with the version that gave it. Raises our errors; what
+        has come by then is the caller's to keep.
+        """
+        requests = (reward_pb.ScoreStreamRequest(item=item) for item in items)
+        call = self._reward.stub.ScoreStream(requests, timeout=self._timeout, metadata=self._metadata)
+        try:
+            async for response in call:
+                yield response
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as error:
+            raise call_error(error) from error
+        finally:
+            call.cancel()
 
     async def judge(self, prompt: PromptLike, a: str, b: str) -> reward_pb.CompareResponse:
         """The reward model's probability that `a` is preferred over `b`."""

@@ -235,7 +235,8 @@ class Stack:
             await self._spawn("collector", ["-m", "services.collector", *asking, *where("collector", at.collector)])
             await self._spawn("policy", ["-m", "services.policy", *where("policy", at.policy)])
             await self._spawn("reward", ["-m", "services.reward", *where("reward", at.reward)])
-            await self._spawn("trainer", ["-m", "trainer", *where("trainer", at.trainer)])
+            serving = ["--policy", at.policy, "--reward", at.reward]  # rollouts come from them
+            await self._spawn("trainer", ["-m", "trainer", *serving, *where("trainer", at.trainer)])
             await self._all_serving({name: getattr(at, name) for name in PARTS[:4]})
         (settings.home / STATE_FILE).write_text(json.dumps(asdict(at), indent=2))
 

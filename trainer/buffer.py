@@ -9,7 +9,7 @@ from pathlib import Path
 
 from thumbwheel import errors
 from trainer import samples
-from trainer.samples import Sample
+from trainer.samples import Group, Sample
 
 PENDING = "pending.jsonl"
 LEARNT = "learnt.txt"
@@ -83,6 +83,16 @@ class Buffer:
     def oldest(self, count: int) -> list[Sample]:
         """The `count` samples that arrived first; they go on waiting until they are `learnt`."""
         return [sample for sample, _ in zip(self._pending.values(), range(count), strict=False)]
+
+    def drop(self, sample_ids: Iterable[str]) -> None:
+        """Forgets samples that wait and are of no use any more."""
+        for sample_id in sample_ids:
+            del self._pending[sample_id], self._arrived[sample_id]
+
+    def of_source(self, source: str) -> list[str]:
+        """Ids of the rollouts that wait and were asked for because of a piece of feedback."""
+        waiting = self._pending.items()
+        return [id for id, sample in waiting if isinstance(sample, Group) and id.startswith(f"{source}/")]
 
     def learnt(self, sample_ids: Iterable[str]) -> None:
         """Marks samples as learnt."""

@@ -158,6 +158,61 @@ class TrainerSettings(LearningSettings, Settings):
     reward_learning_rate: float = Field(default=1e-5, gt=0)
     """Learning rate of the reward model."""
 
+    policy: Address = "127.0.0.1:50051"
+    """Address of the policy service, which rollouts come from."""
+
+    reward: Address = "127.0.0.1:50052"
+    """Address of the reward service, which scores them."""
+
+    allow_insecure: bool = False
+    """Send an API key to these two on other machines without TLS."""
+
+    pairs_from: Literal["people", "reward_model", "both"] = "people"
+    """Who says which response of a pair is better, for DPO's family. The reward model says it of rollouts."""
+
+    rollout_responses: int = Field(default=4, ge=2, le=16)
+    """Responses to a prompt, for `ppo`, `grpo`, `rloo`, and pairs by the reward model."""
+
+    rollout_tokens: int = Field(default=256, ge=1)
+    """Most tokens of such a response."""
+
+    prompt_uses: int = Field(default=1, ge=1)
+    """Rounds in which one prompt is answered. Prompts are those that people's feedback is about."""
+
+    unjudged_prompts: bool = False
+    """Also answer prompts that nobody gave feedback on, where the user agreed to be learnt from."""
+
+    min_reward_variance: float = Field(default=1e-6, ge=0)
+    """Prompts whose responses' rewards vary less are left out: there is nothing to be learnt from them."""
+
+    max_staleness: int = Field(default=4, ge=0)
+    """Rollouts are dropped where a part was written more than so many versions before the learning one."""
+
+    replay_ratio: float = Field(default=0.0, ge=0)
+    """Samples that are learnt again for each new one; rollouts never are."""
+
+    demonstrations: Path | None = None
+    """File of demonstrations, one JSON object a line, that objectives with `sft` mix in, beside people's edits."""
+
+    demonstrations_ratio: float = Field(default=0.25, gt=0)
+    """Demonstrations of that file for each other sample of a round."""
+
+    max_kl: float = Field(default=100.0, ge=0)
+    """Nothing is published beyond this KL to the reference, in nats a response; 0 is no bound."""
+
+    max_repetition: float = Field(default=0.5, ge=0, le=1)
+    """Nothing is published where responses repeat more than this share of their 4-grams; 0 is no bound."""
+
+    max_length_growth: float = Field(default=4.0, ge=0)
+    """Nothing is published where responses are so many times as long as in the first round; 0 is no bound."""
+
+    min_entropy_share: float = Field(default=0.1, ge=0, lt=1)
+    """Nothing is published where the entropy of a token is less than this share of what it was in the first round."""
+
+    min_diversity_share: float = Field(default=0.4, ge=0, lt=1)
+    """Nothing is published where responses have less than this share of the distinct bigrams of the first round while
+    their reward rose."""
+
     keep_checkpoints: int = Field(default=2, ge=1)
     """Training checkpoints kept a task."""
 

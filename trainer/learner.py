@@ -27,6 +27,7 @@ from trainer.background import Background
 from trainer.batch import Batch
 from trainer.config import LearningSettings
 from trainer.engine import Engine
+from trainer.guards import Unfit
 from trainer.losses.base import PerSample, Prepared, Round, units
 from trainer.losses.mixture import Mixture, Term
 from trainer.samples import Sample
@@ -94,7 +95,7 @@ class Learner:
         """Learns from a round and returns its means. `reference` has the log-probabilities, under the reference model,
         of what `Mixture.referenced` names; it may be empty where the objective needs none.
 
-        Raises `errors.FailedPrecondition` where the objective learns from none of the samples, `errors.Internal` at the
+        Raises `errors.FailedPrecondition` where the objective learns from none of the samples, `guards.Unfit` at the
         first loss or gradient that is not finite, and `Stopped` as soon as `stop` says so; the learner is of no use
         after either of these two.
         """
@@ -310,9 +311,10 @@ class Learner:
     def _require_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             rate = self._groups[0].learning_rate
-            raise errors.Internal(
+            raise Unfit(
                 f"The {what} is {value} at step {self.steps_done + 1} of objective {self._objective.name}: this round "
                 "is not published, and the last version stays as it is.",
+                reason="not_finite",
                 remedy=f"Lower the learning rate ({rate:g}) or --max-grad-norm and start again.",
             )
 

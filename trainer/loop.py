@@ -1,12 +1,14 @@
-"""The loop: every comparison is learnt once, and what was learnt goes live.
+"""The loop: every piece of feedback is learnt from once, and what was learnt goes live.
 
     ingest ─▶ batch ─▶ learn ─▶ checkpoint ─▶ publish ─▶ commit
-      ▲  waits for comparisons      │            │           only tells the broker, for lag
+      ▲  waits for feedback         │            │           only tells the broker, for lag
+      │  and for rollouts           │            │
       └─────────────────────────────┘            waits for the broker to have the announcement
           from here on a crash repeats nothing
 
 Tasks take turns. A crash before the checkpoint repeats the round from the same offsets; a crash after it publishes what
-the checkpoint stands for. Both come out as if there had been none.
+the checkpoint stands for. Both come out as if there had been none. What a guard finds unfit is not kept: the task
+halts, and the others go on.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 from thumbwheel import tracing
 from trainer import progress, runtime
+from trainer.guards import Unfit
 from trainer.task import Task
 
 logger = logging.getLogger(__name__)
@@ -46,8 +49,12 @@ def turn(task: Task) -> None:
     samples = task.batch()
     learnt = [sample.traceparent for sample in samples]
     with tracing.span("trainer.round", links=learnt, task=task.name, samples=len(samples)):
-        with progress.line(task.name) as on_step:
-            measured = task.learn(samples, on_step)
+        try:
+            with progress.line(task.name) as on_step:
+                measured = task.learn(samples, on_step)
+        except Unfit as fault:
+            task.halt(fault)
+            return
         task.checkpoint(samples, measured)  # 1
         task.publish()  # 2
         task.commit()  # 3

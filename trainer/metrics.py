@@ -30,3 +30,35 @@ FEEDBACK_TO_PUBLISH = Histogram(
     ["task"],
     buckets=(1, 5, 15, 30, 60, 120, 300, 600, 1800, 3600, 14400),
 )
+AWAY = Gauge(
+    "thumbwheel_trainer_service_away", "1 while rollouts wait for a service that does not answer.", ["task", "service"]
+)
+ROLLOUT_RETRIES = Counter(
+    "thumbwheel_trainer_rollout_retries_total", "Attempts at rollouts that have to be made again.", ["task", "service"]
+)
+ROLLOUTS = Counter(
+    "thumbwheel_trainer_rollouts_total",
+    "Groups of rollouts by what became of them: kept; flat, all responses being worth the same; stale, by too old a "
+    "version; refused by a service; retracted meanwhile.",
+    ["task", "outcome"],
+)
+STALENESS = Histogram(
+    "thumbwheel_trainer_staleness_versions",
+    "How many versions before the learning one a sample's oldest token was written.",
+    ["task"],
+    buckets=(0, 1, 2, 3, 4, 8, 16, 64),
+)
+HALTED = Gauge(
+    "thumbwheel_trainer_halted", "1 where a task has stopped learning and publishing, by why.", ["task", "reason"]
+)
+VITAL = Gauge(
+    "thumbwheel_trainer_vital",
+    "What the guards look at, last round: kl, entropy, repetition, response_tokens, diversity, reward.",
+    ["task", "sign"],
+)
+LAG = Gauge("thumbwheel_trainer_lag_records", "Records on the stream that are not read yet.", ["task", "topic"])
+TOKENS_PER_SECOND = Gauge(
+    "thumbwheel_trainer_tokens_per_second",
+    "Tokens of prompts and responses learnt from a second, last round.",
+    ["task"],
+)

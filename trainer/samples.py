@@ -125,6 +125,9 @@ class Group(_Sample):
     reference_reward: float | None = None
     """Score of one response of the reference model to this prompt: the reward's baseline. None where there is none."""
 
+    reward_version: str = ""
+    """The reward version that scored all of it; none where no reward service did."""
+
     @property
     def responses(self) -> tuple[Tokens, ...]:
         """Those of the rollouts."""

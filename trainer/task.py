@@ -12,7 +12,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +25,18 @@ from thumbwheel.auth import ManifestSigner
 from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion, version_name
 from thumbwheel.stream.log import Log, Producer, TopicPartition
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, Lineage, ModelRole, OffsetRange, Probe
-from trainer import losses, metrics, progress, publish
+from trainer import feed, guards, losses, metrics, progress, publish
 from trainer.buffer import Buffer
 from trainer.checkpoint import TrainingCheckpoints
 from trainer.config import TaskName, TrainerSettings
+from trainer.feed import Feed
 from trainer.ingest import Encoder, Ingest
+from trainer.prompts import Prompts
 from trainer.publish import SAMPLES, Publisher
-from trainer.samples import Pair, Sample
+from trainer.replay import Replay
+from trainer.samples import Demonstration, Kind, Sample, Tokens
+from trainer.staleness import sequence as version_number
+from trainer.staleness import staleness
 
 if TYPE_CHECKING:
     from trainer.learner import Learner, StepReport
@@ -41,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 STATE = "state.json"
 VERSION = "version.json"
+_LAG_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,8 @@ class State:
     """The version that the weights are, or are to be published as."""
     positions: dict[TopicPartition, int]
     topic_ids: dict[str, str]
+    vitals: dict[str, float] = dataclasses.field(default_factory=dict)
+    """What the guards compare with: the vital signs of the first round that showed them."""
 
     def to_json(self) -> str:
         """As it lies in a checkpoint."""
@@ -104,6 +112,12 @@ class Task:
         self._learner: Learner | None = None
         self._folder = self._checkpoints.newest()
         self._state, self._buffer = self._load(self._folder) if self._folder else self._begin()
+        self._halted = ""
+        self._vitals: dict[str, float] = {}
+        self._next_lag = 0.0
+        self._kinds: frozenset[Kind] = frozenset(term.objective.kind for term in self._objective.terms)
+        self._feed = self._open_feed()
+        online = name == "policy" and feed.wants_rollouts(self._kinds, settings)
         self._ingest = Ingest(
             shared.log,
             shared.producer,
@@ -111,6 +125,11 @@ class Task:
             task=name,
             start=self._state.positions,
             topic_ids=self._state.topic_ids,
+            kinds=feed.wanted_kinds(self._kinds, settings) if name == "policy" else self._kinds,
+            prompts=self._feed.prompts if online else None,
+            prompt_room=settings.rollout_tokens,
+            unjudged_prompts=settings.unjudged_prompts,
+            on_retraction=self._feed.replay.retract,
         )
 
     def resume(self) -> None:
@@ -122,13 +141,22 @@ class Task:
             self._publisher.announce(self._shared.store.load(self._state.version))
 
     def ingest(self, timeout: float) -> None:
-        """Takes comparisons in from the stream, waiting up to `timeout` seconds for the first."""
+        """Takes in feedback from the stream, waiting up to `timeout` seconds for the first, and rollouts."""
         self._retracted += self._ingest.read(self._buffer, timeout)
+        self._feed.collect(self._buffer, time.monotonic())
+        self._feed.ask(self._buffer)
+        self._watch_lag()
+
+    @property
+    def waiting(self) -> int:
+        """Samples that wait to be learnt."""
+        return len(self._buffer)
 
     def due(self) -> bool:
-        """True where a round is to start."""
+        """True where a round is to start. Rollouts that are too old by now are dropped."""
         settings = self._shared.settings
-        return self._buffer.due(
+        self._feed.drop_stale(self._buffer, version_number(self._state.version))
+        return not self._halted and self._buffer.due(
             time.monotonic(),
             round_size=settings.round_size,
             min_round_size=settings.min_round_size,
@@ -136,17 +164,28 @@ class Task:
         )
 
     def batch(self) -> list[Sample]:
-        """The samples of the next round, oldest first."""
+        """The samples of the next round, oldest first; they go on waiting until a checkpoint has them."""
         return self._buffer.oldest(self._shared.settings.round_size)
 
+    def halt(self, fault: guards.Unfit) -> None:
+        """Learns and publishes no more until the process is started again; says why. What waits, waits."""
+        self._halted = fault.reason
+        metrics.HALTED.labels(self.name, fault.reason).set(1)
+        logger.critical("%s", fault, extra={"task": self.name, "reason": fault.reason})
+        self._release()
+
     def learn(self, samples: Sequence[Sample], on_step: Callable[[StepReport], None]) -> dict[str, float]:
-        """Learns from a round; returns its measurements. Raises `Stopped`, and `errors.Internal` where it diverges."""
+        """Learns from a round; returns its measurements. Raises `Stopped`, and `guards.Unfit` where what came of it is
+        not to be published.
+        """
         from trainer.inference import reference_logprobs
 
         stop, settings = self._shared.stop.is_set, self._shared.settings
         reference: Any = {}
         self._began = time.time()
         logger.info("round begins", extra={"task": self.name, "round": self._state.round + 1, "samples": len(samples)})
+        self._feed.ask(self._buffer, ahead=len(samples))  # the next round's rollouts are made meanwhile
+        written, samples = samples, self._feed.lesson(samples, round_number=self._state.round + 1)
         if self._objective.needs_reference:
             with self._phase("reference"):
                 reference = reference_logprobs(
@@ -158,13 +197,15 @@ class Task:
         with self._phase("restore"):
             learner = self._restored()
         with self._phase("learn"):
-            return learner.learn(
+            measured = learner.learn(
                 samples,
                 reference,
                 round_number=self._state.round + 1,
                 stop=stop,
                 on_step=lambda report: self._report(report, on_step),
             )
+        self._observe(written, samples, measured)
+        return measured
 
     def checkpoint(self, samples: Sequence[Sample], measured: dict[str, float]) -> None:
         """Makes what was learnt durable, together with everything it depends on: from here on it is never learnt again.
@@ -181,13 +222,16 @@ class Task:
             version=version_name(self._objective.role, (newest.sequence if newest else 0) + 1),
             positions=self._ingest.positions(),
             topic_ids=self._ingest.topic_ids(),
+            vitals={**self._vitals, **self._state.vitals},
         )
         ids = "".join(f"{sample_id}\n" for sample_id in sorted(sample.id for sample in samples))
-        manifest = self._manifest(state, len(samples), ids, measured)
+        manifest = self._manifest(state, samples, ids, measured)
+        self._feed.replay.learnt(samples)
 
         def fill(folder: Path) -> None:
             learner.save(folder).wait()
             self._buffer.save(folder)
+            self._feed.save(folder)
             (folder / STATE).write_text(state.to_json())
             (folder / VERSION).write_text(json_format.MessageToJson(manifest))
             (folder / SAMPLES).write_text(ids)
@@ -230,8 +274,75 @@ class Task:
 
     def close(self) -> None:
         """Lets go of everything."""
+        self._feed.close()
         self._release()
         self._ingest.close()
+
+    def _open_feed(self) -> Feed:
+        """What a policy is fed with beside people's judgements."""
+        settings, replay = self._shared.settings, Replay(self._shared.settings.seed)
+        prompts = Prompts(settings.prompt_uses)
+        if self._folder is not None:
+            replay = Replay.load(self._folder, settings.seed)
+            prompts = Prompts.load(self._folder, settings.prompt_uses)
+        if self.name != "policy":
+            return Feed(settings, self.name, self._kinds, prompts=prompts, replay=replay)
+        demonstrations: Sequence[Demonstration] = ()
+        if settings.demonstrations is not None:
+            demonstrations = feed.read_demonstrations(
+                settings.demonstrations, self._encoder.tokenizer, self._encoder.vocab_size, settings.max_length
+            )
+        online = feed.wants_rollouts(self._kinds, settings)
+        return Feed(
+            settings,
+            self.name,
+            self._kinds,
+            prompts=prompts,
+            replay=replay,
+            demonstrations=demonstrations,
+            rollouts=feed.open_rollouts(settings, self.name) if online else None,
+            refer=self._reference_texts if online and self._objective.wants_baseline else None,
+        )
+
+    def _reference_texts(self, prompts: Sequence[Tokens]) -> Mapping[Tokens, str]:
+        from trainer import sampling
+
+        with self._phase("baseline"):
+            return sampling.reference_texts(
+                self._base.path,
+                self._encoder.tokenizer,
+                prompts,
+                max_tokens=self._shared.settings.rollout_tokens,
+                seed=self._shared.settings.seed + self._state.round,
+            )
+
+    def _observe(self, written: Sequence[Sample], lesson: Sequence[Sample], measured: dict[str, float]) -> None:
+        """Notes how a round went. Raises `guards.Unfit`."""
+        tokens = sum(sample.tokens for sample in lesson) * self._shared.settings.epochs
+        metrics.TOKENS_PER_SECOND.labels(self.name).set(tokens / measured["learn_seconds"])
+        newest = version_number(self._state.version)
+        ages = [staleness(sample, newest) for sample in written if sample.versions]
+        for age in ages:
+            metrics.STALENESS.labels(self.name).observe(age)
+        if ages:
+            measured["staleness"] = sum(ages) / len(ages)
+        measured["added_samples"] = float(len(lesson) - len(written))
+        self._vitals = guards.vitals(written, measured)
+        for sign, value in self._vitals.items():
+            metrics.VITAL.labels(self.name, sign).set(value)
+            measured.setdefault(sign, value)
+        guards.check(self._vitals, self._state.vitals, self._shared.settings)
+
+    def _watch_lag(self) -> None:
+        """Says how far the stream is ahead, now and then."""
+        if (now := time.monotonic()) < self._next_lag:
+            return
+        self._next_lag = now + _LAG_SECONDS
+        try:
+            for topic, records in self._ingest.lag().items():
+                metrics.LAG.labels(self.name, topic).set(records)
+        except errors.Unavailable as error:
+            logger.warning("the lag is not known: %s", error, extra={"task": self.name})
 
     def _load_base(self) -> VerifiedVersion:
         version = version_name(self._objective.role, 0)
@@ -294,7 +405,9 @@ class Task:
         (folder / SAMPLES).write_text((self._folder / SAMPLES).read_text())
         publish.write_deltas(self._shared.store.root / parent, folder)
 
-    def _manifest(self, state: State, samples: int, ids: str, measured: dict[str, float]) -> CheckpointManifest:
+    def _manifest(
+        self, state: State, samples: Sequence[Sample], ids: str, measured: dict[str, float]
+    ) -> CheckpointManifest:
         role, settings = self._objective.role, self._shared.settings
         manifest = CheckpointManifest(
             version=state.version,
@@ -306,9 +419,10 @@ class Task:
                 objective=self._objective.name,
                 settings=self._objective.settings() | _lineage_settings(settings, self.name),
                 offsets=_ranges(self._state, state),
-                sample_count=samples,
+                sample_count=len(samples),
                 samples_sha256=files.sha256_bytes(ids.encode()),
                 reference_version=self._base.manifest.version if self._objective.needs_reference else "",
+                reward_version=feed.reward_version(samples),
                 code_version=publish.code_version(),
                 steps=state.steps,
                 retracted_sample_ids=self._retracted,
@@ -341,16 +455,7 @@ class Task:
 
 
 def _objective(name: TaskName, settings: TrainerSettings) -> Mixture:
-    text, field = settings.objective(name), f"{name}_objective"
-    for term in losses.parse(text, _role(name), field=field):
-        if losses.kind(term) is not Pair:
-            raise errors.InvalidArgument(
-                f"is {text!r}, but what {term} learns from does not come by the stream yet.",
-                field=field,
-                remedy="Use one of DPO's family, or learn from a file: `python -m trainer --data FILE --objective "
-                f"{term}`.",
-            )
-    return losses.objective(text, _role(name), settings, field=field)
+    return losses.objective(settings.objective(name), _role(name), settings, field=f"{name}_objective")
 
 
 def _role(name: TaskName) -> ModelRole.ValueType:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.servers import Running, Service
 from thumbwheel import bulk, errors
+from thumbwheel.channels import call_error
 from thumbwheel.client import AsyncClient
 from thumbwheel.v1 import policy_pb2 as pb
 
@@ -95,3 +96,21 @@ async def test_an_error_that_does_not_pass_ends_it() -> None:
         with pytest.raises(errors.FailedPrecondition, match="Not here"):
             [response async for response in client.bulk(_each(3), timeout=20)]
     await running.stop()
+
+
+async def test_a_call_that_cancels_itself_is_no_cancellation_of_its_caller() -> None:
+    """As grpc.aio says of a call that breaks while a request is being sent."""
+    error = asyncio.CancelledError()
+    assert isinstance(call_error(error), errors.Unavailable)
+
+    async def cancelled() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError as mine:
+            raise call_error(mine) from mine
+
+    task = asyncio.create_task(cancelled())
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()

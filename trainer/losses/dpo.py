@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -77,6 +78,7 @@ class Dpo(Objective):
         )
         rewards = self.beta * chosen.detach(), self.beta * rejected.detach()
         measures = preference_measures(*rewards)
+        measures |= policy_measures(chosen, rejected) | {"entropy": -(logprobs / batch.lengths).detach()}
         if self.nll_weight:
             nll = -pairs(logprobs)[0] / lengths[0]
             losses = losses + self.nll_weight * nll
@@ -91,6 +93,13 @@ class Dpo(Objective):
         if self.nll_weight:
             found["nll_weight"] = repr(self.nll_weight)
         return found
+
+
+def policy_measures(*log_ratios: Tensor) -> dict[str, Tensor]:
+    """An estimate of KL(π ‖ π₀), in nats a response, of log-ratios of responses that a recent policy wrote. It is that
+    of the policy that wrote them, as far as π is still near to it; a single one may be negative, unlike their mean.
+    """
+    return {"kl": torch.cat([ratios.detach() for ratios in log_ratios])}
 
 
 def preference_measures(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

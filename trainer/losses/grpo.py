@@ -103,7 +103,7 @@ class Grpo(Objective):
         logprobs = models.response_token_logprobs(model, batch)
         old = batch.given.get("old", logprobs.detach())
         advantages = batch.given["advantages"]
-        measures = {}
+        measures = {"entropy": -batch.means(logprobs.detach())}
         if self.name == "rloo":
             log_ratios, advantages = batch.sums(logprobs - old), batch.means(advantages)
             losses = policy_gradient.clipped_losses(log_ratios, advantages, self.clip_range)

@@ -99,7 +99,8 @@ class Kto(Objective):
 
     def loss(self, model: Any, batch: Batch, constants: Mapping[str, float]) -> Losses:
         """See `Objective.loss`."""
-        ratios = batch.sums(models.response_token_logprobs(model, batch) - batch.given["reference"])
+        logprobs = models.response_token_logprobs(model, batch)
+        ratios = batch.sums(logprobs - batch.given["reference"])
         thumbs = [row.sample for row in batch.rows]
         liked = torch.tensor([isinstance(thumb, Thumb) and thumb.liked for thumb in thumbs], device=ratios.device)
         losses = kto_losses(
@@ -118,6 +119,7 @@ class Kto(Objective):
                 "chosen_reward": rewards[liked],
                 "rejected_reward": rewards[~liked],
                 "kl": torch.full_like(rewards, constants["z0"]),
+                "entropy": -batch.means(logprobs.detach()),
             },
         )
 

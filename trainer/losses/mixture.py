@@ -52,6 +52,11 @@ class Mixture:
         """Whether any of them wants the reference."""
         return any(term.objective.needs_reference for term in self.terms)
 
+    @property
+    def wants_baseline(self) -> bool:
+        """Whether any of them takes the score of the reference's response off the reward."""
+        return any(getattr(term.objective, "reference_baseline", False) for term in self.terms)
+
     def learns_from(self, sample: Sample) -> bool:
         """Whether any of them learns from a sample of this kind."""
         return any(isinstance(sample, term.objective.kind) for term in self.terms)

@@ -174,9 +174,13 @@ class Ppo(Objective):
     def loss(self, model: models.ActorCritic, batch: Batch, constants: Mapping[str, float]) -> Losses:
         """See `Objective.loss`."""
         given = batch.given
-        log_ratios = models.response_token_logprobs(model, batch) - given["old"]
+        logprobs = models.response_token_logprobs(model, batch)
+        log_ratios = logprobs - given["old"]
         policy = policy_gradient.clipped_losses(log_ratios, given["advantages"], self.clip_range)
-        measures = {"clip_fraction": policy_gradient.clipped(log_ratios, given["advantages"], self.clip_range)}
+        measures = {
+            "clip_fraction": policy_gradient.clipped(log_ratios, given["advantages"], self.clip_range),
+            "entropy": -batch.means(logprobs.detach()),
+        }
         if (weights := policy_gradient.token_weights(batch, given["old"], constants)) is not None:
             policy = policy * weights
             measures["importance_weight"] = weights

@@ -169,13 +169,6 @@ def test_a_version_of_other_samples_under_the_same_name_is_refused(shared: Share
         rounds(shared, 1)
 
 
-@pytest.mark.parametrize("text", ["kto", "dpo+0.1*sft"])
-def test_an_objective_that_the_stream_does_not_feed_yet_is_refused(text: str, shared: Shared) -> None:
-    settings = shared.settings.model_copy(update={"policy_objective": text})
-    with pytest.raises(errors.InvalidArgument, match=r"policy_objective: is .* does not come by the stream yet. Use"):
-        Task("policy", dataclasses.replace(shared, settings=settings), resident=True)
-
-
 def test_another_of_dpos_family_learns_from_the_stream(shared: Shared) -> None:
     settings = shared.settings.model_copy(update={"policy_objective": "cdpo"})
     rounds(dataclasses.replace(shared, settings=settings), 1)

@@ -1,0 +1,30 @@
+"""What was learnt is drawn again by the round alone, until it is retracted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.unit.trainer.samples import make_groups, make_samples
+from trainer.replay import Replay
+
+
+def test_draws_follow_from_the_round_and_survive_a_restart(tmp_path: Path) -> None:
+    replay, samples = Replay(seed=1), make_samples(10)
+    replay.learnt(samples)
+    replay.learnt(make_groups(3))
+    assert len(replay) == 10, "rollouts go stale"
+    drawn = replay.draw(4, round_number=7)
+    assert len({sample.id for sample in drawn}) == 4
+    assert drawn != replay.draw(4, round_number=8)
+    replay.save(tmp_path)
+    assert Replay.load(tmp_path, seed=1).draw(4, round_number=7) == drawn
+    assert len(replay.draw(99, round_number=1)) == 10
+    assert len(Replay.load(tmp_path / "none", seed=1)) == 0
+
+
+def test_what_is_retracted_is_not_drawn_and_the_oldest_go_first() -> None:
+    replay, samples = Replay(seed=0, kept=3), make_samples(5)
+    replay.learnt(samples)
+    replay.retract(samples[4].id)
+    replay.retract("unknown")
+    assert {sample.id for sample in replay.draw(9, 1)} == {samples[2].id, samples[3].id}
