@@ -321,7 +321,8 @@ class Task:
         tokens = sum(sample.tokens for sample in lesson) * self._shared.settings.epochs
         metrics.TOKENS_PER_SECOND.labels(self.name).set(tokens / measured["learn_seconds"])
         newest = version_number(self._state.version)
-        ages = [staleness(sample, newest) for sample in written if sample.versions]
+        ours = [sample for sample in written if sample.versions and all(v.startswith("policy-") for v in sample.versions)]
+        ages = [staleness(sample, newest) for sample in ours] if self.name == "policy" else []
         for age in ages:
             metrics.STALENESS.labels(self.name).observe(age)
         if ages:
