@@ -144,6 +144,31 @@ def demo(context: typer.Context) -> None:
     _run(main())
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def train(context: typer.Context, home: Home = None) -> None:
+    """Run the trainer; `--dry-run` says what it would train from what. `thumbwheel train --help` lists its options.
+
+    With `--data FILE` it learns from a file and ends; otherwise from the deployment in `home`.
+    """
+    import subprocess
+
+    from thumbwheel import errors
+    from thumbwheel.stack import read_addresses
+
+    arguments = list(context.args)
+    if not any(argument.partition("=")[0] in ("--data", "--help") for argument in arguments):
+        settings = _settings(home)
+        try:
+            at = read_addresses(settings.home)
+        except errors.ThumbwheelError as error:
+            _fail(error)
+        given = {"--home": str(settings.home), "--bootstrap-servers": at.kafka}
+        given |= {"--policy": at.policy, "--reward": at.reward}
+        arguments = [part for pair in given.items() for part in pair] + arguments
+    # A process of its own: it needs torch, which this command never loads.
+    raise typer.Exit(subprocess.run([sys.executable, "-m", "trainer", *arguments], check=False).returncode)
+
+
 @model_app.command("fetch")
 def model_fetch(
     model: Annotated[str | None, typer.Argument(help="Hugging Face id or local folder; left out: the default.")] = None,

@@ -35,6 +35,11 @@ def main(settings: TrainerSettings, stop: threading.Event) -> None:
     from thumbwheel.checkpoints.store import LocalStore
 
     store = LocalStore(settings.store_path, ManifestVerifier.load(settings.keys_path))
+    if settings.dry_run:
+        from trainer import dry_run
+
+        dry_run.run(settings, store, stop)
+        return
     signer = ManifestSigner.load(settings.keys_path)
     if settings.init_only or settings.base_model:
         _ensure_base(settings, store, signer)

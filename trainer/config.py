@@ -137,6 +137,9 @@ class TrainerSettings(LearningSettings, Settings):
     init_only: bool = False
     """Publish the base model as version 0 of both roles where there is none, and end."""
 
+    dry_run: bool = False
+    """Say what would be trained from what, and end. Nothing is published, and nobody is asked."""
+
     round_size: int = Field(default=48, ge=1)
     """A round starts as soon as so many comparisons wait; it learns from so many, the oldest first."""
 

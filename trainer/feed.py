@@ -45,7 +45,7 @@ def wants_rollouts(kinds: Iterable[Kind], settings: TrainerSettings) -> bool:
 
 
 class Feed:
-    """The feed of one task. Without `rollouts` it asks for none."""
+    """The feed of one task. Before `open` it asks for no rollouts."""
 
     def __init__(
         self,
@@ -56,13 +56,17 @@ class Feed:
         prompts: Prompts,
         replay: Replay,
         demonstrations: Sequence[Demonstration] = (),
-        rollouts: Rollouts | None = None,
         refer: Refer | None = None,
     ) -> None:
         self._settings, self._task, self._kinds = settings, task, frozenset(kinds)
-        self.prompts, self.replay = prompts, replay
-        self._demonstrations = demonstrations
-        self._rollouts, self._refer = rollouts, refer
+        self.prompts, self.replay, self.demonstrations = prompts, replay, demonstrations
+        self._rollouts: Rollouts | None = None
+        self._refer = refer
+
+    def open(self) -> None:
+        """Begins to ask for rollouts, where the objective learns from them. Raises `errors.FailedPrecondition`."""
+        if wants_rollouts(self._kinds, self._settings):
+            self._rollouts = open_rollouts(self._settings, self._task)
 
     def ask(self, buffer: Buffer, *, ahead: int = 0) -> None:
         """Asks for as many rollouts as make a round of what waits, and `ahead` samples more."""
@@ -114,10 +118,10 @@ class Feed:
             lesson = [sample for sample in lesson if not isinstance(sample, Group)]
         new = len(lesson)
         lesson += self.replay.draw(round(new * self._settings.replay_ratio), round_number)
-        if Demonstration in self._kinds and self._demonstrations:
-            count = min(len(self._demonstrations), math.ceil(new * self._settings.demonstrations_ratio))
+        if Demonstration in self._kinds and self.demonstrations:
+            count = min(len(self.demonstrations), math.ceil(new * self._settings.demonstrations_ratio))
             rng = random.Random(f"{self._settings.seed}/{round_number}/demonstrations")
-            lesson += rng.sample(list(self._demonstrations), count)
+            lesson += rng.sample(list(self.demonstrations), count)
         return lesson
 
     def save(self, folder: Path) -> None:

@@ -26,6 +26,7 @@ from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion, version_na
 from thumbwheel.stream.log import Log, Producer, TopicPartition
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, Lineage, ModelRole, OffsetRange, Probe
 from trainer import feed, guards, losses, metrics, progress, publish
+from trainer.board import Board
 from trainer.buffer import Buffer
 from trainer.checkpoint import TrainingCheckpoints
 from trainer.config import TaskName, TrainerSettings
@@ -88,6 +89,29 @@ class State:
         return cls(**fields)
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What a task would go on with."""
+
+    task: TaskName
+    objective: str
+    base: str
+    version: str
+    """The version that it goes on from."""
+    round: int
+    steps: int
+    checkpoint: Path | None
+    waiting: Sequence[Sample]
+    due: bool
+    """Whether a round would start at once."""
+    prompts: int
+    """Prompts that could be answered."""
+    replayable: int
+    demonstrations: int
+    retracted: tuple[str, ...]
+    """What was learnt and is now retracted."""
+
+
 class Task:
     """One of the trainer's tasks, as its newest training checkpoint left it. `resume` comes first, once.
 
@@ -113,6 +137,7 @@ class Task:
         self._folder = self._checkpoints.newest()
         self._state, self._buffer = self._load(self._folder) if self._folder else self._begin()
         self._halted = ""
+        self._board = Board(settings.home / "tensorboard" / name)
         self._vitals: dict[str, float] = {}
         self._next_lag = 0.0
         self._kinds: frozenset[Kind] = frozenset(term.objective.kind for term in self._objective.terms)
@@ -135,6 +160,8 @@ class Task:
     def resume(self) -> None:
         """Announces the version that this task goes on from; publishes it first, where a crash came in between."""
         logger.info("resumed", extra={"task": self.name, "version": self._state.version, "round": self._state.round})
+        if self.name == "policy":
+            self._feed.open()
         if self._folder is not None:
             self.publish()
         else:
@@ -151,6 +178,32 @@ class Task:
     def waiting(self) -> int:
         """Samples that wait to be learnt."""
         return len(self._buffer)
+
+    def outlook(self, timeout: float) -> Outlook:
+        """What it would go on with, having read all that is on the stream; nothing is published, and nobody is asked.
+
+        Raises `errors.DeadlineExceeded` where reading takes longer than `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while lag := sum(self._ingest.lag().values()):
+            if time.monotonic() > deadline:
+                raise errors.DeadlineExceeded(f"{lag} records are not read after {timeout:g} s.")
+            self._retracted += self._ingest.read(self._buffer, 1.0)
+        return Outlook(
+            task=self.name,
+            objective=self._objective.name,
+            base=self._base.manifest.version,
+            version=self._state.version,
+            round=self._state.round,
+            steps=self._state.steps,
+            checkpoint=self._folder,
+            waiting=self._buffer.oldest(len(self._buffer)),
+            due=self.due(),
+            prompts=len(self._feed.prompts),
+            replayable=len(self._feed.replay),
+            demonstrations=len(self._feed.demonstrations),
+            retracted=tuple(self._retracted),
+        )
 
     def due(self) -> bool:
         """True where a round is to start. Rollouts that are too old by now are dropped."""
@@ -275,6 +328,7 @@ class Task:
     def close(self) -> None:
         """Lets go of everything."""
         self._feed.close()
+        self._board.close()
         self._release()
         self._ingest.close()
 
@@ -300,7 +354,6 @@ class Task:
             prompts=prompts,
             replay=replay,
             demonstrations=demonstrations,
-            rollouts=feed.open_rollouts(settings, self.name) if online else None,
             refer=self._reference_texts if online and self._objective.wants_baseline else None,
         )
 
@@ -321,7 +374,9 @@ class Task:
         tokens = sum(sample.tokens for sample in lesson) * self._shared.settings.epochs
         metrics.TOKENS_PER_SECOND.labels(self.name).set(tokens / measured["learn_seconds"])
         newest = version_number(self._state.version)
-        ours = [sample for sample in written if sample.versions and all(v.startswith("policy-") for v in sample.versions)]
+        ours = [
+            sample for sample in written if sample.versions and all(v.startswith("policy-") for v in sample.versions)
+        ]
         ages = [staleness(sample, newest) for sample in ours] if self.name == "policy" else []
         for age in ages:
             metrics.STALENESS.labels(self.name).observe(age)
@@ -332,6 +387,7 @@ class Task:
         for sign, value in self._vitals.items():
             metrics.VITAL.labels(self.name, sign).set(value)
             measured.setdefault(sign, value)
+        self._board.round(self._state.round + 1, measured)
         guards.check(self._vitals, self._state.vitals, self._shared.settings)
 
     def _watch_lag(self) -> None:
@@ -446,6 +502,7 @@ class Task:
         for measure, value in report.measures.items():
             metrics.MEASURE.labels(self.name, measure).set(value)
         metrics.GRAD_NORM.labels(self.name).set(report.grad_norm)
+        self._board.step(self._restored().steps_done, report.numbers())
         logger.info("step", extra={"task": self.name, **progress.fields(report)})
         on_step(report)
 
