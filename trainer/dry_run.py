@@ -93,8 +93,8 @@ def _lines(found: Outlook, settings: TrainerSettings, unusable: int) -> Iterator
     if found.task == "policy" and wants_rollouts(kinds, settings):
         yield (
             "  rollouts",
-            f"{settings.rollout_responses} of up to {settings.rollout_tokens} tokens to each of {found.prompts} prompts "
-            f"by the policy at {settings.policy}, scored by {settings.reward}",
+            f"{settings.rollout_responses} of up to {settings.rollout_tokens} tokens to each of {found.prompts} "
+            f"prompts by the policy at {settings.policy}, scored by {settings.reward}",
         )
     if settings.replay_ratio and found.task == "policy":
         yield "  replay", f"{settings.replay_ratio:g} for each new sample, of {found.replayable} that were learnt"

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -78,7 +77,7 @@ class Dpo(Objective):
         )
         rewards = self.beta * chosen.detach(), self.beta * rejected.detach()
         measures = preference_measures(*rewards)
-        measures |= policy_measures(chosen, rejected) | {"entropy": -(logprobs / batch.lengths).detach()}
+        measures |= policy_measures((chosen, rejected), pairs(logprobs / batch.lengths))
         if self.nll_weight:
             nll = -pairs(logprobs)[0] / lengths[0]
             losses = losses + self.nll_weight * nll
@@ -95,11 +94,12 @@ class Dpo(Objective):
         return found
 
 
-def policy_measures(*log_ratios: Tensor) -> dict[str, Tensor]:
-    """An estimate of KL(π ‖ π₀), in nats a response, of log-ratios of responses that a recent policy wrote. It is that
-    of the policy that wrote them, as far as π is still near to it; a single one may be negative, unlike their mean.
+def policy_measures(ratios: tuple[Tensor, Tensor], logprobs: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Estimates, [B], of KL(π ‖ π₀) in nats a response and of the entropy in nats a token, of pairs of [B] log-ratios
+    and [B] mean log-probabilities a token. They hold for the policy that wrote the responses, as far as π is near to it
+    still; a KL may be negative, unlike its mean.
     """
-    return {"kl": torch.cat([ratios.detach() for ratios in log_ratios])}
+    return {"kl": (ratios[0] + ratios[1]).detach() / 2, "entropy": -(logprobs[0] + logprobs[1]).detach() / 2}
 
 
 def preference_measures(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:

@@ -195,7 +195,7 @@ def test_demonstrations_and_replayed_samples_come_beside_the_new(make: Make, tmp
 
 
 def test_a_guard_stops_learning_says_why_and_loses_nothing(make: Make, caplog: pytest.LogCaptureFixture) -> None:
-    shared = make("dpo", max_kl=1e-9, batch_size=2)
+    shared = make("grpo", max_kl=1e-12, batch_size=2)
     send(shared, *range(4))
     with caplog.at_level(logging.CRITICAL):
         task = turns(shared, 1)
@@ -206,8 +206,8 @@ def test_a_guard_stops_learning_says_why_and_loses_nothing(make: Make, caplog: p
     assert (task.due(), task.waiting) == (False, 4)
     task.close()
     assert [m.sequence for m in shared.store.versions(manifest(shared, 0).role)] == [0]
-    turns(make("dpo", max_kl=0.0), 1).close()
-    assert ids(shared, 1) == ["0/", "1/", "2/", "3/"]
+    turns(make("grpo", max_kl=0.0), 1).close()
+    assert ids(shared, 1) == ["0/1", "1/1", "2/1", "3/1"]
 
 
 def test_a_loss_that_is_no_number_halts_as_well(make: Make) -> None:
@@ -225,7 +225,9 @@ def test_guards_compare_with_the_first_round_also_after_a_restart(make: Make, fl
     send(shared, *range(6))
     turns(shared, 1).close()
     fleet.say = lambda prompt, index: [prompt[0]] * (9 + index)
-    tight = dataclasses.replace(shared, settings=shared.settings.model_copy(update={"max_length_growth": 1.5}))
+    tight = dataclasses.replace(
+        shared, settings=shared.settings.model_copy(update={"max_length_growth": 1.5, "max_repetition": 0.0})
+    )
     task = turns(tight, 1)
     task.close()
     assert metrics.HALTED.labels("policy", "length")._value.get() == 1
