@@ -96,9 +96,9 @@ def test_rewards_say_what_the_loss_means(monkeypatch: pytest.MonkeyPatch) -> Non
     samples = make_samples(1)
     policy, reference = with_sums(samples, -10.0, -12.0), with_sums(samples, -11.0, -11.0)
     found = trl_peer.our_losses(Dpo(beta=0.5), samples, policy, {"reference": reference}, {}, monkeypatch)
-    assert {name: value.item() for name, value in found.measures.items()} == pytest.approx(
-        {"chosen_reward": 0.5, "rejected_reward": -0.5, "margin": 1.0, "accuracy": 1.0}, abs=1e-5
-    )
+    expected = {"chosen_reward": 0.5, "rejected_reward": -0.5, "margin": 1.0, "accuracy": 1.0}
+    expected |= {"kl": 0.0, "entropy": (10 / len(samples[0].chosen) + 12 / len(samples[0].rejected)) / 2}
+    assert {name: value.item() for name, value in found.measures.items()} == pytest.approx(expected, abs=1e-5)
     assert found.losses.item() == pytest.approx(0.313262, abs=1e-6)  # ln(1 + 1/e)
 
 
