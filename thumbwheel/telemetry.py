@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,37 +57,57 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-class DiskCollector(Collector):
-    """The disk that a folder lies on, measured when asked for."""
+class SurroundingsCollector(Collector):
+    """What this process has around it: disk, memory and clock, measured when asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, home: Path) -> None:
+        self._home = home
 
     def describe(self) -> Iterable[GaugeMetricFamily]:
         """The names, for registering without measuring."""
         return (
             GaugeMetricFamily("thumbwheel_disk_free_bytes", "Free space on the disk of this process's home."),
             GaugeMetricFamily("thumbwheel_disk_size_bytes", "Size of that disk."),
+            GaugeMetricFamily("thumbwheel_memory_available_bytes", "Memory to be had, here and within this cgroup."),
+            GaugeMetricFamily("thumbwheel_memory_size_bytes", "All memory of this machine, or what the cgroup allows."),
+            GaugeMetricFamily("thumbwheel_clock_timestamp_seconds", "What time this process takes it to be."),
         )
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Both; nothing where the disk does not answer, so that the other metrics are still served."""
-        there = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
+        """All of them; without the disk where it does not answer, so that the other metrics are still served."""
+        free, size, *others = self.describe()
+        there = next(path for path in (self._home, *self._home.absolute().parents) if path.exists())
         try:
             usage = shutil.disk_usage(there)
         except OSError as error:
             logger.warning("disk not measured", extra={"path": str(there), "error": str(error)})
-            return
-        for family, value in zip(self.describe(), (usage.free, usage.total), strict=True):
+        else:
+            free.add_metric([], usage.free)
+            size.add_metric([], usage.total)
+            yield from (free, size)
+        for family, value in zip(others, (*_memory(), time.time()), strict=True):
             family.add_metric([], value)
             yield family
 
 
+def _memory() -> tuple[int, int]:
+    """Bytes to be had, and all bytes: of the machine, or of the cgroup (version 2) where that has less."""
+    import psutil
+
+    machine = psutil.virtual_memory()
+    cgroup = Path("/sys/fs/cgroup")
+    try:
+        size, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # another kind of cgroup, or one without a limit, whose file says "max"
+        return machine.available, machine.total
+    return min(machine.available, max(0, size - used)), min(machine.total, size)
+
+
 def start(process: str, settings: Settings) -> None:
-    """Logs, traces and the disk's gauges, as the settings say: once, before anything else is done."""
+    """Logs, traces and what surrounds this process, as the settings say: once, before anything else is done."""
     setup_logging(process, settings.log_level)
     tracing.start(process, settings.trace_endpoint)
-    REGISTRY.register(DiskCollector(settings.home))
+    REGISTRY.register(SurroundingsCollector(settings.home))
 
 
 def setup_logging(process: str, level: str) -> None:

@@ -13,10 +13,13 @@ from typing import Self
 import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+from prometheus_client import Gauge
 
 from thumbwheel import errors
 
 logger = logging.getLogger(__name__)
+
+EXPIRES = Gauge("thumbwheel_tls_certificate_expires_timestamp_seconds", "When this server's certificate expires.")
 
 CA_VARIABLE = "THUMBWHEEL_CLIENT_CA"
 CERTIFICATE_VARIABLE = "THUMBWHEEL_CLIENT_CERTIFICATE"
@@ -63,6 +66,7 @@ class ServerTls:
 
     def _configuration(self) -> grpc.ServerCertificateConfiguration:
         chain, key = _pair(self.certificate, self.key)
+        EXPIRES.set(x509.load_pem_x509_certificates(chain)[0].not_valid_after_utc.timestamp())
         authorities = None if self.client_ca is None else _certificates(self.client_ca)
         return grpc.ssl_server_certificate_configuration([(key, chain)], authorities)
 

@@ -13,12 +13,14 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from thumbwheel import errors
+from thumbwheel.v1.preference_pb2 import Feedback, Preference, ThumbValue
 
 logger = logging.getLogger(__name__)
 
 FEEDBACK = Counter(
     "thumbwheel_collector_feedback_total", "Times that feedback came to stand in a state.", ["kind", "state"]
 )
+VERDICTS = Counter("thumbwheel_collector_verdicts_total", "What users said, each vote once.", ["kind", "verdict"])
 RECURATED = Counter(
     "thumbwheel_collector_recurated_total", "Times that feedback changed its state because its user's standing did."
 )
@@ -62,6 +64,16 @@ def told(changed: Iterable[Told]) -> None:
         FEEDBACK.labels(kind, state).inc(count)
 
 
+def said(feedback: Feedback) -> None:
+    """Counts what a user said for the first time, where that is a verdict on whole responses."""
+    match feedback.WhichOneof("kind"):
+        case "thumb":
+            VERDICTS.labels("thumb", ThumbValue.Name(feedback.thumb.value).removeprefix("THUMB_VALUE_").lower()).inc()
+        case "comparison":
+            verdict = Preference.Name(feedback.comparison.preference).removeprefix("PREFERENCE_").lower()
+            VERDICTS.labels("comparison", verdict).inc()
+
+
 class Levels(NamedTuple):
     """What is in the database now. `oldest` is in microseconds since the epoch; None where the outbox is empty."""
 
@@ -82,17 +94,25 @@ class LevelCollector(Collector):
             GaugeMetricFamily("thumbwheel_collector_outbox_depth", "Events committed and not published yet."),
             GaugeMetricFamily("thumbwheel_collector_outbox_oldest_seconds", "Age of the oldest of them."),
             GaugeMetricFamily("thumbwheel_collector_held", "Feedback waiting for its generations."),
+            GaugeMetricFamily("thumbwheel_collector_database_up", "1 where the database answered just now."),
         )
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """The levels; nothing where the database cannot be read now, so that the other metrics are still served."""
+        """The levels; no more than that it is away where the database cannot be read now, so that the other metrics are
+        still served.
+        """
+        *families, up = self.describe()
         try:
             levels = self._read()
         except errors.ThumbwheelError as error:
             logger.warning("levels not read", extra={"error": str(error)})
+            up.add_metric([], 0.0)
+            yield up
             return
+        up.add_metric([], 1.0)
+        yield up
         age = 0.0 if levels.oldest is None else max(0.0, time.time() - levels.oldest / 1e6)
-        for family, value in zip(self.describe(), (levels.unpublished, age, levels.held), strict=True):
+        for family, value in zip(families, (levels.unpublished, age, levels.held), strict=True):
             family.add_metric([], value)
             yield family
 

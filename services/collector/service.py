@@ -201,6 +201,7 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
             submission = self._checker.check(feedback, tenant=tenant)
             recorded: Recorded = await self._database.write_with_others(self._record, Incoming(submission, traceparent))
         if recorded.changed:
+            metrics.said(feedback)
             self._changed(recorded)
         else:
             metrics.DUPLICATES.inc()

@@ -47,6 +47,7 @@ from thumbwheel.v1.preference_pb2 import (
     StreamFeedbackRequest,
     SubmitFeedbackBatchRequest,
     SubmitFeedbackRequest,
+    ThumbValue,
 )
 
 OTHER_TENANT = ((serving.TENANT_KEY, "other"),)
@@ -364,17 +365,35 @@ async def test_metrics_count_what_happened(client: Client, database: Database, d
     recorded = counter("thumbwheel_collector_feedback_total", kind="comparison", state="HELD")
     duplicates = counter("thumbwheel_collector_duplicates_total")
     commits = counter("thumbwheel_collector_commit_seconds_count")
+    preferred = counter("thumbwheel_collector_verdicts_total", kind="comparison", verdict="a")
+    disliked = counter("thumbwheel_collector_verdicts_total", kind="thumb", verdict="down")
+    thumb = parts.thumb(deployment.pair()[0])
+    thumb.thumb.value = ThumbValue.THUMB_VALUE_DOWN
+    await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=thumb))
     request = SubmitFeedbackRequest(feedback=parts.comparison(*deployment.pair()))
     for _ in range(3):
         await client.stub.SubmitFeedback(request)
     assert counter("thumbwheel_collector_feedback_total", kind="comparison", state="HELD") == recorded + 1
     assert counter("thumbwheel_collector_duplicates_total") == duplicates + 2
-    assert counter("thumbwheel_collector_commit_seconds_count") == commits + 3
+    assert counter("thumbwheel_collector_verdicts_total", kind="comparison", verdict="a") == preferred + 1
+    assert counter("thumbwheel_collector_verdicts_total", kind="thumb", verdict="down") == disliked + 1
+    assert counter("thumbwheel_collector_commit_seconds_count") == commits + 4
     with metrics.LevelCollector(lambda: database.read_now(outbox.levels)):
-        assert counter("thumbwheel_collector_outbox_depth") == 1
-        assert counter("thumbwheel_collector_held") == 1
+        assert counter("thumbwheel_collector_database_up") == 1
+        assert counter("thumbwheel_collector_outbox_depth") == 2
+        assert counter("thumbwheel_collector_held") == 2
         assert 0 <= counter("thumbwheel_collector_outbox_oldest_seconds") < 60
     assert REGISTRY.get_sample_value("thumbwheel_collector_held") is None
+
+
+def test_a_database_that_is_away_is_a_metric_and_hides_no_other() -> None:
+    def away() -> metrics.Levels:
+        raise errors.Unavailable("It is away.")
+
+    with metrics.LevelCollector(away):
+        assert REGISTRY.get_sample_value("thumbwheel_collector_database_up") == 0
+        assert REGISTRY.get_sample_value("thumbwheel_collector_held") is None
+        assert REGISTRY.get_sample_value("process_start_time_seconds") is not None
 
 
 def test_the_default_settings(tmp_path: Path) -> None:

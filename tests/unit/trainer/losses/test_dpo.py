@@ -100,6 +100,9 @@ def test_rewards_say_what_the_loss_means(monkeypatch: pytest.MonkeyPatch) -> Non
     expected |= {"kl": 0.0, "entropy": (10 / len(samples[0].chosen) + 12 / len(samples[0].rejected)) / 2}
     assert {name: value.item() for name, value in found.measures.items()} == pytest.approx(expected, abs=1e-5)
     assert found.losses.item() == pytest.approx(0.313262, abs=1e-6)  # ln(1 + 1/e)
+    nearer = with_sums(samples, -12.0, -15.0)  # log-ratios of 1 and 4 nats
+    found = trl_peer.our_losses(Dpo(beta=0.5), samples, reference, {"reference": nearer}, {}, monkeypatch)
+    assert found.measures["kl"].item() == pytest.approx(2.5, abs=1e-5)
 
 
 def test_without_doubt_the_smoothed_variants_are_dpo(monkeypatch: pytest.MonkeyPatch) -> None:
