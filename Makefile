@@ -73,6 +73,14 @@ protos: setup ## Write the stubs of proto/ anew
 docs: setup ## Write docs/configuration.md anew from the settings
 	@$(BIN)/python docs/configuration.py > docs/configuration.md
 
+.PHONY: dashboards
+dashboards: setup ## Write k8s/monitoring/dashboards anew
+	@$(BIN)/python -m k8s.monitoring.dashboards
+
+.PHONY: check-ops
+check-ops: setup ## Check rules, dashboards and a running stack against a real Prometheus
+	@$(BIN)/python -m tests.monitoring.check
+
 .PHONY: golden
 golden: setup ## At a release: keep the contracts that later ones must not break
 	@mkdir -p $(dir $(GOLDEN)); cd proto && ../$(BIN)/buf build --exclude-source-info -o $(GOLDEN:proto/%=%)

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 tracer = trace.get_tracer("thumbwheel.swap")
 
 SWAPS = Counter("thumbwheel_swaps_total", "Swaps of the live weights, by outcome.", ["outcome"])
+for _outcome in SwapOutcome.keys()[1:]:
+    SWAPS.labels(_outcome.removeprefix("SWAP_OUTCOME_").lower())  # from 0 on, or the first would be no increase
 SWAP_SECONDS = Histogram(
     "thumbwheel_swap_seconds",
     "Time of each step of a swap; `paused` is how long no token was produced.",

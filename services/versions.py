@@ -77,6 +77,7 @@ class Follower:
     ) -> None:
         self._log, self._held, self._engine, self._role, self._process = log, held, engine, role, process
         self._fetch_seconds = fetch_seconds
+        self._click_to_live = CLICK_TO_LIVE.labels(ModelRole.Name(role).removeprefix("MODEL_ROLE_").lower())
         self._standing: dict[str, VersionEvent] = {}
         self._settled: set[str] = set()
         self._traces: dict[str, str] = {}
@@ -200,10 +201,9 @@ class Follower:
 
     def _learnt_is_live(self, sequence: int) -> None:
         """What older versions learnt is live too: each version goes on from the one before."""
-        role = ModelRole.Name(self._role).removeprefix("MODEL_ROLE_").lower()
         for older in [one for one in self._learnt_at if one <= sequence]:
             for at in self._learnt_at.pop(older):
-                CLICK_TO_LIVE.labels(role).observe(max(0.0, time.time() - at), tracing.exemplar())
+                self._click_to_live.observe(max(0.0, time.time() - at), tracing.exemplar())
 
     def _refuse(self, event: VersionEvent, why: str) -> None:
         self._settled.add(event.event_id)

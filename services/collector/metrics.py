@@ -21,6 +21,10 @@ FEEDBACK = Counter(
     "thumbwheel_collector_feedback_total", "Times that feedback came to stand in a state.", ["kind", "state"]
 )
 VERDICTS = Counter("thumbwheel_collector_verdicts_total", "What users said, each vote once.", ["kind", "verdict"])
+for _verdict in ("a", "b", "tie", "both_bad"):
+    VERDICTS.labels("comparison", _verdict)  # from 0 on, or the first would be no increase
+for _verdict in ("up", "down"):
+    VERDICTS.labels("thumb", _verdict)
 RECURATED = Counter(
     "thumbwheel_collector_recurated_total", "Times that feedback changed its state because its user's standing did."
 )

@@ -20,7 +20,7 @@ from uuid_utils import uuid7
 from thumbwheel import errors
 from thumbwheel.stream.aio import acked
 from thumbwheel.stream.log import Position, Producer, Record
-from thumbwheel.stream.topics import DEADLETTER
+from thumbwheel.stream.topics import DEADLETTER, topics
 from thumbwheel.v1.events_pb2 import DeadLetter
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 DEAD_LETTERS = Counter(
     "thumbwheel_stream_dead_letters_total", "Records given up, by the topic they came from.", ["topic"]
 )
+
+for _topic in topics(partitions=1, replication=1):
+    DEAD_LETTERS.labels(_topic.name)  # from 0 on, or the first would be no increase
 
 MAX_VALUE_BYTES = 1_500_000
 """Longest value that a dead letter carries whole; it must itself fit into a record."""
