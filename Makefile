@@ -38,7 +38,7 @@ up: setup ## Start every part on this machine, until Ctrl-C
 
 .PHONY: test
 test: setup ## Run all tests
-	$(BIN)/python -m pytest tests/unit tests/integration tests/faults tests/e2e $(ARGS)
+	$(BIN)/python -m pytest tests/unit tests/fuzz tests/integration tests/faults tests/e2e $(ARGS)
 
 .PHONY: test-unit
 test-unit: setup ## Run the unit tests alone
@@ -96,6 +96,10 @@ faults-swap: setup ## Swap a thousand versions under load, many of them sabotage
 .PHONY: faults-restarts
 faults-restarts: setup ## Restart two replicas of the policy in turns, under load
 	@$(BIN)/python -m tests.faults.restarts $(ARGS)
+
+.PHONY: fuzz
+fuzz: setup ## Fuzz every decoder of bytes from outside: ten million executions each, hours; ARGS="--seconds 60" for less
+	@$(BIN)/python -m tests.fuzz.run $(ARGS)
 
 .PHONY: bench-%
 bench-%: setup ## Run bench/%.py

@@ -43,7 +43,6 @@ MAGIC = b"TWDELTA1"
 _RUN = 1 << 22
 _SAME, _CHANGED, _WHOLE = 0, 1, 2
 _U8, _U32, _U64 = struct.Struct("<B"), struct.Struct("<I"), struct.Struct("<Q")
-_WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 _KINDS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -179,7 +178,7 @@ def _unplanes(data: _Array, width: int) -> _Array:
 def _elements(data: _Array, tensor: Tensor) -> _Array:
     """[elements] of a tensor as unsigned integers."""
     # Float formats of one byte, booleans and what is yet to be invented are compared byte by byte.
-    return data[tensor.start : tensor.end].view(_KINDS[_WIDTHS.get(tensor.dtype, 1)])
+    return data[tensor.start : tensor.end].view(_KINDS[tensors.WIDTHS.get(tensor.dtype, 1)])
 
 
 def _data(path: Path) -> _Array:

@@ -76,7 +76,7 @@ def read(folder: Path, verifier: ManifestVerifier) -> tuple[CheckpointManifest, 
     try:
         # Fields added by a newer trainer are signed by it too: they do not stop an older server.
         manifest = json_format.Parse(data, CheckpointManifest(), ignore_unknown_fields=True)
-    except json_format.ParseError as error:
+    except (json_format.ParseError, UnicodeDecodeError, RecursionError) as error:
         raise corrupt(version, MANIFEST, f"is signed, but no manifest: {error}") from error
     role, sequence = parse_version(version)
     if (manifest.version, manifest.role, manifest.sequence) != (version, role, sequence):

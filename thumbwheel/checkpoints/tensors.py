@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ _Array = np.ndarray[Any, Any]
 
 MAX_HEADER = 100_000_000
 """Longest header in bytes, as the format's own library has it."""
+
+WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+"""Bytes of an element. All others are taken byte by byte, and some of them are smaller than a byte."""
 
 _LENGTH = struct.Struct("<Q")
 _CHUNK = 1 << 22
@@ -70,13 +74,16 @@ def parse_header(prefix: bytes, path: Path, size: int) -> list[Tensor]:
             Tensor(name, str(entry["dtype"]), tuple(map(int, entry["shape"])), *_span(entry, len(prefix)))
             for name, entry in header.items()
         ]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _malformed(path, f"has no header that can be read ({error!r})") from error
     tensors.sort(key=lambda tensor: (tensor.start, tensor.end))
     at = len(prefix)
     for tensor in tensors:
         if tensor.start != at or tensor.end < tensor.start:
             raise _malformed(path, f"has a gap before {tensor.name}")
+        width, size_of = WIDTHS.get(tensor.dtype), tensor.end - tensor.start
+        if min(tensor.shape, default=0) < 0 or (width is not None and size_of != width * math.prod(tensor.shape)):
+            raise _malformed(path, f"has {size_of:,} bytes for {tensor.name}, which its shape does not come to")
         at = tensor.end
     if at != size:
         raise _malformed(path, f"has {size:,} bytes where its header tells of {at:,}")
