@@ -103,8 +103,8 @@ fuzz: setup ## Fuzz every decoder of bytes from outside: ten million executions 
 
 .PHONY: bench-%
 bench-%: setup ## Run bench/%.py
-	@test -f bench/$*.py || { echo "there is no bench/$*.py" >&2; exit 1; }
-	@$(BIN)/python -m bench.$* $(ARGS)
+	@test -f bench/$(subst -,_,$*).py || { echo "there is no bench/$(subst -,_,$*).py" >&2; exit 1; }
+	@$(BIN)/python -m bench.$(subst -,_,$*) $(ARGS)
 
 .PHONY: faults-collector
 faults-collector: setup ## Kill the collector, its broker and its database under load

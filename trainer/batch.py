@@ -12,13 +12,13 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from trainer.samples import Group, Kind, Sample
+from trainer.samples import Group, Sample
 
 PerToken = Mapping[str, Mapping[str, Tensor]]
 """Numbers that go with response tokens: by their name and by sample id, [T] for the T response tokens of the sample."""
@@ -119,20 +119,26 @@ class Batch:
 
 
 def steps(
-    samples: Sequence[Sample], batch_size: int, *, seed: int, round_number: int, epoch: int
+    samples: Sequence[Sample],
+    batch_size: int,
+    *,
+    seed: int,
+    round_number: int,
+    epoch: int,
+    stratum: Callable[[Sample], str] = lambda sample: "",
 ) -> list[list[Sample]]:
     """Shuffles a round and divides it into optimizer steps of at most `batch_size` samples, as even as can be.
 
-    Samples of different kinds are spread evenly over the steps. The order depends on the arguments alone: a round that
-    is run again runs the same.
+    Samples of different kinds, and of different strata, are spread evenly over the steps. The order depends on the
+    arguments alone: a round that is run again runs the same.
     """
-    kinds: dict[Kind, list[Sample]] = {}
+    groups: dict[str, list[Sample]] = {}
     for sample in sorted(samples, key=lambda sample: sample.id):
-        kinds.setdefault(type(sample), []).append(sample)
+        groups.setdefault(type(sample).__name__ + stratum(sample), []).append(sample)
     places: list[tuple[float, str, Sample]] = []
-    for kind, members in kinds.items():
+    for name, members in groups.items():
         random.Random(f"{seed}/{round_number}/{epoch}").shuffle(members)
-        places += [((index + 0.5) / len(members), kind.__name__, sample) for index, sample in enumerate(members)]
+        places += [((index + 0.5) / len(members), name, sample) for index, sample in enumerate(members)]
     shuffled = [sample for *_, sample in sorted(places, key=lambda place: place[:2])]
     count = math.ceil(len(shuffled) / batch_size)
     bounds = [len(shuffled) * index // count for index in range(count + 1)] if count else []

@@ -77,6 +77,24 @@ class LearningSettings(CommandSettings):
     importance_max: float = Field(default=5.0, ge=1)
     """Greatest weight of such a token."""
 
+    length_balance: bool = True
+    """Weigh pairs so that a `reward` model cannot learn from them that long, or short, is good."""
+
+    score_penalty: float = Field(default=0.01, ge=0)
+    """Weight of the squares of both scores of a pair in `reward`: it holds scores near zero."""
+
+    ties: Literal["none", "davidson", "rao_kupper"] = "none"
+    """What `reward` takes a tie to say; with `none` it learns nothing from ties."""
+
+    tie_rate: float = Field(default=0.2, gt=0, lt=1)
+    """Share of ties to expect between equally good responses, in `davidson` and `rao_kupper`."""
+
+    margin_weight: float = Field(default=1.0, ge=0)
+    """How far apart, in units of the score, `reward` is to keep a pair whose margin is 1."""
+
+    head_learning_rate: float = Field(default=0.0, ge=0)
+    """Learning rate of a `reward` model's heads; 0 is that of the rest of it."""
+
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of AdamW."""
 

@@ -1,30 +1,37 @@
 """From a JSONL file to samples: one JSON object a line, in one of these forms.
 
     {prompt, chosen, rejected}                            a pair; without prompt, it is what both begin with
+      and tie, margin, aspects, source                      where they are known
     {prompt, completion, label}                           a thumb; label is true for up
     {prompt, completion}, {messages}                      a demonstration
     {prompt, responses, rewards}                          a group of rollouts
       and logprobs, finished, reference_reward            where they are known
 
 A prompt is text, token ids, or chat messages; a response is text, token ids, or one assistant message. Text is taken as
-it is: what a chat model is to see as a chat has to come as messages. `id` and `weight` may come with every form. The
-forms but the last are TRL's. Every error names file, line and field. Nothing here needs torch.
+it is: what a chat model is to see as a chat has to come as messages, or in a pair as a transcript of HH-RLHF.
+`id` and `weight` may come with every form. The forms but the last are TRL's. A file may be gzipped. Every error names
+file, line and field. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from thumbwheel import errors
+from trainer import transcript
 from trainer.samples import Demonstration, Group, Kind, Pair, Thumb
 
 Content = str | list[Any]
 """Text, token ids, or messages."""
+
+VERDICTS = {"chosen": 1, "rejected": -1, "tie": 0}
+"""What may be said of a pair in a single respect."""
 
 _REMEDY = "See `python -m trainer --data FILE --help` for the forms there are."
 
@@ -46,13 +53,17 @@ class Record:
         return errors.InvalidArgument(message, field=f"{self.where}: {field}", remedy=remedy)
 
 
-def read(path: Path, *, limit: int = 0) -> list[Record]:
-    """The records in the first `limit` lines of a file, or in all; blank lines are passed over.
+def read(
+    path: Path, *, limit: int = 0, unusable: Callable[[errors.InvalidArgument], None] | None = None
+) -> list[Record]:
+    """The records in the first `limit` lines of a file, or in all; blank lines are passed over, and so are lines that
+    cannot be used where `unusable` is there to be told of each.
 
     Raises `errors.NotFound` and `errors.InvalidArgument`.
     """
     try:
-        file = path.open(encoding="utf-8")
+        opened = gzip.open if path.suffix == ".gz" else open
+        file = opened(path, "rt", encoding="utf-8")
     except OSError as error:
         raise errors.NotFound(f"{path} cannot be read: {error.strerror}.", remedy="Name a JSONL file.") from error
     records: list[Record] = []
@@ -61,7 +72,13 @@ def read(path: Path, *, limit: int = 0) -> list[Record]:
         for where, line in _lines(path, file):
             if limit and len(records) == limit:
                 break
-            record = parse(where, line)
+            try:
+                record = parse(where, line)
+            except errors.InvalidArgument as error:
+                if unusable is None:
+                    raise
+                unusable(error)
+                continue
             name = str(record.fields.get("id", where))
             if name in seen:
                 raise record.error("id", f"is {name!r}, as in {seen[name]}.", "Give every line an id of its own.")
@@ -77,6 +94,10 @@ def _lines(path: Path, file: Any) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield f"{path.name}:{number}", line
+    except gzip.BadGzipFile as error:
+        raise errors.InvalidArgument(
+            f"cannot be unpacked: {error}.", field=str(path), remedy="Name another."
+        ) from error
     except UnicodeDecodeError as error:
         raise errors.InvalidArgument(f"is no UTF-8: {error}.", field=str(path), remedy="Convert it.") from error
 
@@ -98,6 +119,8 @@ def parse(where: str, line: str) -> Record:
         raise record.error("rejected", "is the same as chosen: there is nothing to learn.", "Leave the line out.")
     if kind is Thumb and not isinstance(fields["label"], bool):
         raise record.error("label", f"is {fields['label']!r}.", "Use true for a thumb up and false for one down.")
+    if kind is Pair:
+        _check_pair(record)
     if kind is Group:
         _check_group(record)
     weight = fields.get("weight", 1.0)
@@ -134,7 +157,9 @@ def _form(where: str, fields: dict[str, Any]) -> tuple[Kind, Any, dict[str, Any]
                 raise errors.InvalidArgument("is missing.", field=f"{where}: {name}", remedy=_REMEDY)
         if "prompt" in fields:
             return Pair, fields["prompt"], {name: fields[name] for name in ("chosen", "rejected")}
-        shared, chosen, rejected = _without_shared(where, fields["chosen"], fields["rejected"])
+        pair = fields["chosen"], fields["rejected"]
+        splitting = transcript.split_pair if all(map(transcript.is_transcript, pair)) else _without_shared
+        shared, chosen, rejected = splitting(*pair, where)
         return Pair, shared, {"chosen": chosen, "rejected": rejected}
     if "completion" in fields:
         return Thumb if "label" in fields else Demonstration, prompt(), {"completion": fields["completion"]}
@@ -145,7 +170,7 @@ def _form(where: str, fields: dict[str, Any]) -> tuple[Kind, Any, dict[str, Any]
     )
 
 
-def _without_shared(where: str, chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+def _without_shared(chosen: Any, rejected: Any, where: str) -> tuple[Any, Any, Any]:
     """What two responses begin with, which is their prompt, and what follows; text is divided at a space."""
     if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
         raise errors.InvalidArgument(
@@ -182,6 +207,22 @@ def _check_content(record: Record, name: str, content: Any, *, response: bool) -
         raise record.error(name, f"has the messages {roles}.", "A response is one message of the assistant.")
     if response and not content[0]["content"].strip():
         raise record.error(name, "is empty.", "Leave the line out.")
+
+
+def _check_pair(record: Record) -> None:
+    fields = record.fields
+    if not isinstance(fields.get("tie", False), bool):
+        raise record.error("tie", f"is {fields['tie']!r}.", "Use true where neither was better, or leave it out.")
+    margin = fields.get("margin", 0.0)
+    if not _is_number(margin) or margin < 0:
+        raise record.error("margin", f"is {margin!r}.", "Use a number from 0, or leave it out.")
+    aspects = fields.get("aspects", {})
+    if not isinstance(aspects, dict) or not all(
+        isinstance(verdict, str) and verdict in VERDICTS for verdict in aspects.values()
+    ):
+        raise record.error("aspects", f"is {aspects!r:.60}.", f"Map each aspect to one of {', '.join(VERDICTS)}.")
+    if not isinstance(fields.get("source", ""), str):
+        raise record.error("source", f"is {fields['source']!r:.40}.", "Use a string, or leave it out.")
 
 
 def _check_group(record: Record) -> None:

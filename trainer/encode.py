@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from thumbwheel import errors
-from trainer.dataset import Content, Record
+from trainer.dataset import VERDICTS, Content, Record
 from trainer.samples import Demonstration, Group, Pair, Rollout, Sample, Thumb, Tokens
 
 
@@ -28,7 +28,15 @@ class RecordEncoder:
         prompt = self._fitting(record, self._prompt(record), responses)
         common = {"id": fields.get("id", record.where), "prompt": prompt, "weight": float(fields.get("weight", 1.0))}
         if record.kind is Pair:
-            return Pair(**common, chosen=responses[0], rejected=responses[1])
+            return Pair(
+                **common,
+                chosen=responses[0],
+                rejected=responses[1],
+                tie=fields.get("tie", False),
+                margin=float(fields.get("margin", 0.0)),
+                aspects=tuple((aspect, VERDICTS[said]) for aspect, said in sorted(fields.get("aspects", {}).items())),
+                source=fields.get("source", ""),
+            )
         if record.kind is Thumb:
             return Thumb(**common, response=responses[0], liked=fields["label"])
         if record.kind is Demonstration:

@@ -110,7 +110,12 @@ class Learner:
             step
             for epoch in range(settings.epochs)
             for step in batches.steps(
-                samples, settings.batch_size, seed=settings.seed, round_number=round_number, epoch=epoch
+                samples,
+                settings.batch_size,
+                seed=settings.seed,
+                round_number=round_number,
+                epoch=epoch,
+                stratum=self._objective.stratum,
             )
         ]
         rounds, prepared = self._prepare(samples, reference, len(plan), stop)
@@ -123,7 +128,8 @@ class Learner:
         for term in self._objective.terms:
             if (name := term.objective.name) in rounds:
                 found, count = prepared[name].measures, sum(map(units, rounds[name].samples))
-                self._states[name] = term.objective.next_state(self._states[name], found, count)
+                state = term.objective.next_state(self._states[name], found, count)
+                self._states[name] = state | dict(prepared[name].state)
                 measured |= self._named(term, found)
         return measured | _means(reports) | {"learn_seconds": time.perf_counter() - started}
 

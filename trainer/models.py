@@ -42,16 +42,16 @@ def load_scorer(path: Path) -> Any:
     model = AutoModelForSequenceClassification.from_pretrained(
         str(path), dtype=torch.bfloat16, attn_implementation="sdpa"
     )
-    if model.config.num_labels != 1 or not hasattr(model, "score"):
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear) or model.score.bias is not None:
         raise errors.FailedPrecondition(
-            f"{path}: {type(model).__name__} with {model.config.num_labels} labels is no reward model.",
-            remedy="It needs one label and a linear layer called `score`.",
+            f"{path}: {type(model).__name__} is no reward model.",
+            remedy="It needs a linear layer called `score`, without bias.",
         )
     return _without_dropout(model.train())
 
 
 def new_scorer(path: Path) -> Any:
-    """As `load_scorer`, of the body of the model in `path` with a scoring head of zeros, which has no opinion."""
+    """As `load_scorer`, of the body of the model in `path` with one scoring head of zeros, which has no opinion."""
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -107,16 +107,21 @@ def token_logprobs(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     return chosen - normaliser
 
 
+def last_hidden(model: Any, batch: Batch) -> Tensor:
+    """[S, H] outputs of the last layer at the last token of every sequence, where a reward model's heads read."""
+    return hidden_states(model, batch)[batch.last_tokens]
+
+
 def scores(model: Any, batch: Batch) -> Tensor:
-    """[S] scores at the last token of every sequence, in float32."""
-    output: Tensor = model.score(hidden_states(model, batch)[batch.last_tokens])
-    return output.squeeze(1).float()
+    """[S] scores by the first head, in float32."""
+    output: Tensor = model.score(last_hidden(model, batch))
+    return output[:, 0].float()
 
 
 def values(critic: Any, batch: Batch) -> Tensor:
     """[N] a critic's values, in float32, of the states in which the response tokens were chosen."""
     output: Tensor = critic.score(hidden_states(critic, batch)[batch.predictors])
-    return output.squeeze(1).float()
+    return output[:, 0].float()
 
 
 _POLICY, _CRITIC = "policy.", "critic."
@@ -174,7 +179,7 @@ def continuation_logprobs(model: Any, prompt: Iterable[int], continuation: Itera
 
 @torch.no_grad()
 def sequence_score(model: Any, tokens: Iterable[int]) -> float:
-    """A reward model's score at the last of `tokens`, computed as one plain sequence."""
+    """A reward model's score at the last of `tokens`, by its first head, computed as one plain sequence."""
     ids = torch.tensor([list(tokens)], device=next(model.parameters()).device)
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
-    return float(model.score(hidden).float().item())
+    return float(model.score(hidden)[0].float().item())

@@ -25,6 +25,7 @@ from thumbwheel.stream.log import Position, Producer
 from thumbwheel.v1.events_pb2 import VersionEvent
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, Lineage, ModelRole, Probe, VersionState
 from trainer import metrics
+from trainer.heads import ONE_HEAD, Heads
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,9 @@ MOST_TIMES = 256
 
 MOST_CHANGED = 0.5
 """Share of the weights above which no delta is written."""
+
+HEAD_STD = 0.02
+"""Standard deviation of the weights from which members of a reward model's ensemble begin."""
 
 _FIRST_RETRY_SECONDS = 1.0
 _LAST_RETRY_SECONDS = 30.0
@@ -218,13 +222,21 @@ def _write_policy(base_model: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(str(base_model)).save_pretrained(folder)
 
 
-def write_scorer(base_model: Path, folder: Path) -> None:
-    """Writes the body of the model in `base_model` under a scoring head of zeros, with its tokenizer, into `folder`."""
+def write_scorer(base_model: Path, folder: Path, heads: Heads = ONE_HEAD) -> None:
+    """Writes the body of the model in `base_model` under new heads, with its tokenizer, into `folder`.
+
+    They are zero, so that they have no opinion, but for the ensemble, whose members begin from different ones.
+    """
+    import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(base_model))
-    model = AutoModelForSequenceClassification.from_pretrained(str(base_model), num_labels=1, dtype="auto")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        str(base_model), num_labels=len(heads.names), id2label=dict(enumerate(heads.names)), dtype="auto"
+    )
     model.score.weight.data.zero_()
+    members = model.score.weight.data[heads.judging :]
+    members.copy_(HEAD_STD * torch.randn(members.shape, generator=torch.Generator().manual_seed(0)))
     if model.config.pad_token_id is None:
         pad = tokenizer.pad_token_id
         model.config.pad_token_id = tokenizer.eos_token_id if pad is None else pad

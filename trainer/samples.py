@@ -63,10 +63,30 @@ class Pair(_Sample):
     rejected: Tokens
     """Token ids of the worse response."""
 
+    tie: bool = False
+    """Whether neither was better; then the order says nothing."""
+
+    margin: float = 0.0
+    """How much better, in units of the score; a reward model is to keep the two so far apart."""
+
+    aspects: tuple[tuple[str, int], ...] = ()
+    """Verdicts in single respects: 1 for chosen, -1 for rejected, 0 for a tie."""
+
+    source: str = ""
+    """Where it came from, such as `vote` or a file's name for it."""
+
+    writers: tuple[str, str] = ("", "")
+    """The policy versions that wrote chosen and rejected; empty where a person did, or more than one version."""
+
     @property
     def responses(self) -> tuple[Tokens, ...]:
         """Chosen and rejected."""
         return self.chosen, self.rejected
+
+    @property
+    def longer(self) -> int:
+        """By how many tokens chosen is the longer one."""
+        return len(self.chosen) - len(self.rejected)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +175,8 @@ def from_fields(fields: dict[str, Any]) -> Sample:
     """Reads `to_fields`. Raises KeyError, TypeError or ValueError for anything else."""
     fields = dict(fields)
     kind = KINDS[fields.pop("kind", "pair")]  # the first release knew pairs alone
+    if kind is Pair:
+        fields["aspects"] = tuple(map(tuple, fields.get("aspects", ())))
     if kind is Group:
         fields["rollouts"] = tuple(Rollout(**_tuples(rollout)) for rollout in fields["rollouts"])
     return kind(**_tuples(fields))

@@ -112,4 +112,4 @@ def _make(name: str, settings: LearningSettings) -> Objective:
         return Ppo.from_settings(settings)
     if name in ("grpo", "rloo"):
         return Grpo.from_settings(name, settings)
-    return Sft() if name == "sft" else Reward()
+    return Sft() if name == "sft" else Reward.from_settings(settings)

@@ -74,6 +74,9 @@ class Prepared:
     measures: Mapping[str, float] = field(default_factory=dict)
     """What is to be watched."""
 
+    state: Mapping[str, float] = field(default_factory=dict)
+    """What the objective's state has anew after the round."""
+
 
 @dataclass(frozen=True)
 class ParameterGroup:
@@ -104,6 +107,14 @@ class Objective:
     def needs_reference(self) -> bool:
         """Whether it wants log-probabilities under the reference model."""
         return False
+
+    def learns_from(self, sample: Sample) -> bool:
+        """Whether it learns from this one. A pair of which neither is better teaches nothing, but where ties count."""
+        return isinstance(sample, self.kind) and not (isinstance(sample, Pair) and sample.tie)
+
+    def stratum(self, sample: Sample) -> str:
+        """Samples of one stratum are spread evenly over the steps of a round."""
+        return ""
 
     def load(self, path: Path) -> Any:
         """The model in `path`, in bf16. Raises `errors.FailedPrecondition` for one of another kind."""

@@ -21,7 +21,7 @@ class Term:
 
     def mine(self, samples: Sequence[Sample]) -> list[Sample]:
         """Those of the samples that it learns from."""
-        return [sample for sample in samples if isinstance(sample, self.objective.kind)]
+        return [sample for sample in samples if self.objective.learns_from(sample)]
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,12 @@ class Mixture:
         return any(getattr(term.objective, "reference_baseline", False) for term in self.terms)
 
     def learns_from(self, sample: Sample) -> bool:
-        """Whether any of them learns from a sample of this kind."""
-        return any(isinstance(sample, term.objective.kind) for term in self.terms)
+        """Whether any of them learns from a sample."""
+        return any(term.objective.learns_from(sample) for term in self.terms)
+
+    def stratum(self, sample: Sample) -> str:
+        """See `Objective.stratum`."""
+        return "/".join(term.objective.stratum(sample) for term in self.terms if term.objective.learns_from(sample))
 
     def referenced(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples whose log-probabilities under the reference are wanted, and those of their companions."""

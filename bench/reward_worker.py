@@ -1,0 +1,163 @@
+"""A reward model in training, one optimizer step for each line on standard input. See `bench/reward_model.py`.
+
+    python -m bench.reward_worker {"who": "ours" or "trl", …}
+
+Says, a JSON object a line, how long each step took, and at the end the scores of the held-out pairs, computed alike for
+both: `{"step": 3, "pairs": 16, "seconds": 4.2}`, `{"scores": [[chosen, rejected], …]}`. The two take turns, so whatever
+else the machine does falls on both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainer import runtime
+from trainer.samples import Pair, from_fields
+
+MICRO_BATCH_TOKENS = 1024
+TRL_MICRO_BATCH = 4
+"""Pairs; with 8 it takes 8 GB, and with more padding it is no faster."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to train."""
+
+    who: str
+    base: str
+    train: list[dict[str, Any]]
+    heldout: list[dict[str, Any]]
+    seed: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    settings: dict[str, Any]
+    """Of ours."""
+    shared: bool = True
+    """Whether the two responses of a pair share their prompt."""
+
+
+class Turns:
+    """Waits for its turn, and tells what it took."""
+
+    def __init__(self) -> None:
+        self._step = 0
+        self._began = 0.0
+
+    def wait(self) -> None:
+        """Until the other side says so."""
+        if not sys.stdin.readline():
+            raise SystemExit(1)
+        self._began = time.perf_counter()
+
+    def done(self, pairs: int) -> None:
+        """A step is."""
+        self._step += 1
+        say({"step": self._step, "pairs": pairs, "seconds": time.perf_counter() - self._began})
+
+
+def say(fields: dict[str, Any]) -> None:
+    """One line to the other side."""
+    print("@" + json.dumps(fields), flush=True)
+
+
+def unshared(pair: Pair) -> Pair:
+    """The pair with its prompt in front of both responses: computed twice, and the same in every other respect."""
+    head, rest = pair.prompt[:1], pair.prompt[1:]
+    return dataclasses.replace(pair, prompt=head, chosen=rest + pair.chosen, rejected=rest + pair.rejected)
+
+
+def train_ours(job: Job, pairs: list[Pair], folder: Path, turns: Turns) -> None:
+    """With Thumbwheel's learner."""
+    from thumbwheel.v1.rollout_pb2 import ModelRole
+    from trainer import losses, publish
+    from trainer.config import LearningSettings
+    from trainer.learner import Learner, StepReport
+
+    publish.write_scorer(Path(job.base), folder / "start")
+    fields = {"micro_batch_tokens": MICRO_BATCH_TOKENS, **job.settings}
+    settings = LearningSettings(epochs=job.epochs, batch_size=job.batch_size, seed=job.seed, **fields)
+    objective = losses.objective("reward", ModelRole.MODEL_ROLE_REWARD, settings)
+    learner = Learner(objective, folder / "start", settings, learning_rate=job.learning_rate)
+
+    def on_step(report: StepReport) -> None:
+        turns.done(report.samples)
+        if report.step < report.steps:
+            turns.wait()
+
+    turns.wait()
+    learner.learn(pairs if job.shared else list(map(unshared, pairs)), {}, round_number=1, on_step=on_step)
+    learner.write_model(folder / "end")
+    learner.close()
+
+
+def train_trl(job: Job, pairs: list[Pair], folder: Path, turns: Turns) -> None:
+    """With TRL's RewardTrainer, on the same tokens."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import RewardConfig, RewardTrainer
+
+    class Turned(TrainerCallback):  # type: ignore[misc]  # Transformers has no types here
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            turns.wait()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            turns.done(job.batch_size)
+
+    dataset = Dataset.from_list(
+        [{"chosen_ids": [*pair.prompt, *pair.chosen], "rejected_ids": [*pair.prompt, *pair.rejected]} for pair in pairs]
+    )
+    arguments = RewardConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=TRL_MICRO_BATCH,
+        gradient_accumulation_steps=job.batch_size // TRL_MICRO_BATCH,
+        num_train_epochs=job.epochs,
+        learning_rate=job.learning_rate,
+        seed=job.seed,
+        bf16=True,
+        gradient_checkpointing=False,  # slower, and there is memory enough
+        use_cpu=True,
+        max_length=None,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1000,
+    )
+    trainer = RewardTrainer(
+        model=job.base,
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=AutoTokenizer.from_pretrained(job.base),
+        callbacks=[Turned()],
+    )
+    trainer.train()
+    trainer.model.save_pretrained(folder / "end")
+
+
+TRAINERS: dict[str, Callable[[Job, list[Pair], Path, Turns], None]] = {"ours": train_ours, "trl": train_trl}
+
+
+def main() -> None:
+    """Trains, and scores."""
+    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    runtime.before_imports()
+    if job.who == "ours":
+        runtime.prepare(0)
+    from trainer import judge, models
+
+    train, heldout = ([p for f in given if isinstance(p := from_fields(f), Pair)] for given in (job.train, job.heldout))
+    with tempfile.TemporaryDirectory() as folder:
+        TRAINERS[job.who](job, train, Path(folder), Turns())
+        judged = judge.judge(models.load_scorer(Path(folder) / "end"), heldout, max_tokens=MICRO_BATCH_TOKENS)
+    say({"scores": judged.scores[:, :, 0].tolist()})
+
+
+if __name__ == "__main__":
+    main()
