@@ -150,12 +150,12 @@ def main() -> None:
     runtime.before_imports()
     if job.who == "ours":
         runtime.prepare(0)
-    from trainer import judge, models
+    from trainer import judge
 
     train, heldout = ([p for f in given if isinstance(p := from_fields(f), Pair)] for given in (job.train, job.heldout))
     with tempfile.TemporaryDirectory() as folder:
         TRAINERS[job.who](job, train, Path(folder), Turns())
-        judged = judge.judge(models.load_scorer(Path(folder) / "end"), heldout, max_tokens=MICRO_BATCH_TOKENS)
+        judged = judge.judge_by(Path(folder) / "end", heldout, max_tokens=MICRO_BATCH_TOKENS)
     say({"scores": judged.scores[:, :, 0].tolist()})
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from thumbwheel import cli_collector, cli_data, cli_keys
+from thumbwheel import cli_collector, cli_data, cli_keys, cli_reward
 
 if TYPE_CHECKING:
     from thumbwheel.client import AsyncClient, Choice
@@ -29,6 +29,7 @@ feedback_app = typer.Typer(no_args_is_help=True, help="Say what you think of res
 app.add_typer(model_app, name="model")
 app.add_typer(feedback_app, name="feedback")
 app.add_typer(cli_keys.app, name="keys")
+app.add_typer(cli_reward.app, name="reward")
 app.add_typer(cli_collector.app, name="collector")
 
 Home = Annotated[Path | None, typer.Option(envvar="THUMBWHEEL_HOME", help="Folder with the deployment's state.")]

@@ -80,9 +80,11 @@ def _close(producer: Producer) -> None:
 
 def _ensure_base(settings: TrainerSettings, store: LocalStore, signer: ManifestSigner) -> None:
     from trainer import base, publish
+    from trainer.heads import Heads
 
     runtime.quiet_transformers()
-    publish.ensure_base(base.fetch(settings.base_model or None, progress=sys.stderr.isatty()), store, signer)
+    heads = Heads(settings.reward_aspects, settings.ensemble_heads)
+    publish.ensure_base(base.fetch(settings.base_model or None, progress=sys.stderr.isatty()), store, signer, heads)
 
 
 def _from_file(arguments: Sequence[str]) -> bool:

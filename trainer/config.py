@@ -95,6 +95,12 @@ class LearningSettings(CommandSettings):
     head_learning_rate: float = Field(default=0.0, ge=0)
     """Learning rate of a `reward` model's heads; 0 is that of the rest of it."""
 
+    reward_aspects: Annotated[tuple[str, ...], NoDecode] = ("helpfulness", "harmlessness", "fluency")
+    """Aspects that a new reward model gets a head for each, separated by commas."""
+
+    ensemble_heads: int = Field(default=4, ge=0, le=64)
+    """Heads of a new reward model by whose spread it says how uncertain it is; 0 for none."""
+
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of AdamW."""
 
@@ -132,6 +138,11 @@ class LearningSettings(CommandSettings):
 
     threads: int = Field(default=0, ge=0)
     """Threads to compute with; 0 leaves it to OMP_NUM_THREADS, or else to the number of cores."""
+
+    @field_validator("reward_aspects", mode="before")
+    @classmethod
+    def _split_aspects(cls, value: object) -> object:
+        return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 
 
 class TrainerSettings(LearningSettings, Settings):

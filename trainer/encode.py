@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from thumbwheel import errors
+from trainer import runtime
 from trainer.dataset import VERDICTS, Content, Record
 from trainer.samples import Demonstration, Group, Pair, Rollout, Sample, Thumb, Tokens
 
@@ -85,3 +87,17 @@ class RecordEncoder:
 
     def _plain(self, text: str) -> Tokens:
         return tuple(int(token) for token in self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def record_encoder(base_model: Path, max_length: int) -> RecordEncoder:
+    """The encoder of the model in a folder. Raises `errors.FailedPrecondition` where its tokenizer does not do."""
+    runtime.choose_accelerator()
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(base_model))
+    if tokenizer.eos_token_id is None:
+        raise errors.FailedPrecondition(
+            f"{base_model}: the tokenizer has no end-of-text token.", remedy="Set eos_token in tokenizer_config.json."
+        )
+    vocab_size = int(AutoConfig.from_pretrained(str(base_model)).vocab_size)
+    return RecordEncoder(tokenizer, vocab_size, max_length=max_length)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from trainer import batch as batches
 from trainer import calibration, models, runtime
+from trainer.batch import Batch
 from trainer.heads import Heads
 from trainer.samples import Pair
 
@@ -43,6 +45,13 @@ class Judged:
     def lengths(self) -> NDArray[np.float64]:
         """[2N] tokens of all responses, in the order of `scores`."""
         return np.array([[float(len(pair.chosen)), float(len(pair.rejected))] for pair in self.pairs]).ravel()
+
+    @property
+    def uncertainty(self) -> NDArray[np.float64]:
+        """[N] standard deviation of the margin over the ensemble; 0 without one."""
+        members = self.scores[:, 0, self.heads.judging :] - self.scores[:, 1, self.heads.judging :]
+        found: NDArray[np.float64] = members.std(1, ddof=1) if self.heads.ensemble > 1 else np.zeros(len(self.pairs))
+        return found
 
     def of(self, wanted: Callable[[Pair], bool]) -> Judged:
         """Only those pairs."""
@@ -84,19 +93,38 @@ class Judged:
 
 
 @torch.no_grad()
-def judge(model: Any, pairs: Sequence[Pair], *, max_tokens: int, stop: Callable[[], bool] = lambda: False) -> Judged:
-    """What a reward model's heads say of pairs. `max_tokens` as in `batches.micro_batches` of a pass with gradients.
-    Raises `Stopped`.
+def judge(
+    function: Callable[[Batch], Tensor],
+    heads: Heads,
+    pairs: Sequence[Pair],
+    *,
+    device: torch.device,
+    max_tokens: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> Judged:
+    """What `function`, which is `models.head_scores` of a model with these heads, says of pairs. `max_tokens` as in
+    `batches.micro_batches` of a pass with gradients. Raises `Stopped`.
     """
-    heads = Heads.of(model.config.id2label)
     scores = np.zeros((len(pairs), 2, len(heads.names)))
     place = {pair.id: number for number, pair in enumerate(pairs)}
-    device = next(model.parameters()).device
     for rows in batches.micro_batches(pairs, _FACTOR * max_tokens):
         if stop():
             raise runtime.Stopped
-        hidden = models.last_hidden(model, batches.collate(rows).to(device))
-        found = model.score(hidden).float().cpu().numpy().reshape(len(rows), 2, -1)
+        found = function(batches.collate(rows).to(device)).float().cpu().numpy().reshape(len(rows), 2, -1)
         for row, values in zip(rows, found, strict=True):
             scores[place[row.sample.id]] = values
     return Judged(tuple(pairs), heads, scores)
+
+
+def judge_by(path: Path, pairs: Sequence[Pair], *, max_tokens: int, stop: Callable[[], bool] = lambda: False) -> Judged:
+    """As `judge`, by the reward model in a folder, which is loaded for it. Raises `errors.FailedPrecondition`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = models.load_scorer(path).eval().to(device)
+    return judge(
+        lambda batch: models.head_scores(model, batch),
+        Heads.of(model.config.id2label),
+        pairs,
+        device=device,
+        max_tokens=max_tokens,
+        stop=stop,
+    )

@@ -22,17 +22,21 @@ from torch import Tensor
 
 from thumbwheel import errors
 from trainer import batch as batches
-from trainer import inference, models, ranks, runtime, shards
+from trainer import inference, judge, models, ranks, runtime, shards
 from trainer.background import Background
 from trainer.batch import Batch
 from trainer.config import LearningSettings
 from trainer.engine import Engine
 from trainer.guards import Unfit
+from trainer.heads import Heads
+from trainer.judge import Judged
 from trainer.losses.base import PerSample, Prepared, Round, units
 from trainer.losses.mixture import Mixture, Term
-from trainer.samples import Sample
+from trainer.samples import Pair, Sample
 
 _RANDOM = "random"
+_EXPLODED = 1e4
+"""A mean loss beyond this says nothing of the model any more: it counts as infinite."""
 _WRITE_SECONDS = 1800.0
 """How long all ranks together may take to write a training checkpoint."""
 
@@ -208,7 +212,7 @@ class Learner:
             for name, (value, number) in measures_there.items():
                 _add(everywhere, name, value, number)
         mean_loss = everywhere.pop("")[0] / size
-        self._require_finite("loss", mean_loss)
+        self._require_finite("loss", mean_loss if abs(mean_loss) < _EXPLODED else math.inf)
         return mean_loss, {name: value / number for name, (value, number) in everywhere.items() if number}
 
     def probe(self, prompt: Sequence[int], continuation: Sequence[int]) -> list[float]:
@@ -218,6 +222,17 @@ class Learner:
     def probe_score(self, tokens: Sequence[int]) -> float:
         """Score at the last of `tokens`, for a reward model."""
         return self._engine.call(models.sequence_score, tokens)
+
+    def judge(self, pairs: Sequence[Pair], stop: Callable[[], bool] = lambda: False) -> Judged:
+        """What a reward model says of pairs that it does not learn from. Raises `Stopped`."""
+        return judge.judge(
+            lambda batch: self._engine.call(models.head_scores, batch),
+            Heads.of(self._model.config.id2label),
+            pairs,
+            device=self._engine.device,
+            max_tokens=self._settings.micro_batch_tokens,
+            stop=stop,
+        )
 
     def write_model(self, folder: Path) -> None:
         """Writes weights (bf16, safetensors) and configuration, as Transformers reads them. Rank 0 does; with stage 3

@@ -112,10 +112,15 @@ def last_hidden(model: Any, batch: Batch) -> Tensor:
     return hidden_states(model, batch)[batch.last_tokens]
 
 
+def head_scores(model: Any, batch: Batch) -> Tensor:
+    """[S, K] scores by all K heads at the last token of every sequence."""
+    output: Tensor = model.score(last_hidden(model, batch))
+    return output
+
+
 def scores(model: Any, batch: Batch) -> Tensor:
     """[S] scores by the first head, in float32."""
-    output: Tensor = model.score(last_hidden(model, batch))
-    return output[:, 0].float()
+    return head_scores(model, batch)[:, 0].float()
 
 
 def values(critic: Any, batch: Batch) -> Tensor:

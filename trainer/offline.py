@@ -25,7 +25,7 @@ from thumbwheel import errors, files
 from thumbwheel.v1.rollout_pb2 import ModelRole
 from trainer import base, dataset, losses, progress, runtime
 from trainer.config import OfflineSettings
-from trainer.encode import RecordEncoder
+from trainer.encode import record_encoder
 from trainer.samples import KINDS, Sample, kind_name
 
 if TYPE_CHECKING:
@@ -126,26 +126,13 @@ def _plan(
             field=_FIELD,
             remedy=f"Use one of {', '.join(names)}.",
         )
-    encoder = _encoder(base_model, settings.max_length)
+    encoder = record_encoder(base_model, settings.max_length)
     samples = []
     for record in wanted:
         if stop():
             raise runtime.Stopped
         samples.append(encoder.sample(record))
     return Plan(terms, tuple(samples), unused)
-
-
-def _encoder(base_model: Path, max_length: int) -> RecordEncoder:
-    runtime.choose_accelerator()
-    from transformers import AutoConfig, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(base_model))
-    if tokenizer.eos_token_id is None:
-        raise errors.FailedPrecondition(
-            f"{base_model}: the tokenizer has no end-of-text token.", remedy="Set eos_token in tokenizer_config.json."
-        )
-    vocab_size = int(AutoConfig.from_pretrained(str(base_model)).vocab_size)
-    return RecordEncoder(tokenizer, vocab_size, max_length=max_length)
 
 
 @contextmanager

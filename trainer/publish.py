@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import shutil
@@ -177,14 +178,18 @@ def copy_tokenizer(source: VerifiedVersion, folder: Path) -> None:
             shutil.copyfile(source.path / file.path, target)
 
 
-def ensure_base(base_model: Path, store: LocalStore, signer: ManifestSigner) -> list[str]:
+def ensure_base(base_model: Path, store: LocalStore, signer: ManifestSigner, heads: Heads = ONE_HEAD) -> list[str]:
     """Publishes version 0 of both roles from the model in `base_model`, where the store has none; returns those made.
 
-    The policy is the base model as it is. The reward model is its body with a scoring head of zeros, which has no
+    The policy is the base model as it is. The reward model is its body with scoring heads of zeros, which have no
     opinion. Raises `errors.MissingModel`, and what `LocalStore.publish` raises.
     """
     made = []
-    for role, write in ((ModelRole.MODEL_ROLE_POLICY, _write_policy), (ModelRole.MODEL_ROLE_REWARD, write_scorer)):
+    writers: dict[ModelRole.ValueType, Callable[[Path, Path], None]] = {
+        ModelRole.MODEL_ROLE_POLICY: _write_policy,
+        ModelRole.MODEL_ROLE_REWARD: functools.partial(write_scorer, heads=heads),
+    }
+    for role, write in writers.items():
         version = version_name(role, 0)
         if (store.root / version).exists():
             continue
@@ -195,7 +200,7 @@ def ensure_base(base_model: Path, store: LocalStore, signer: ManifestSigner) -> 
         manifest = CheckpointManifest(version=version, role=role, sequence=0, base_model=base_model.name)
         manifest.lineage.CopyFrom(Lineage(code_version=code_version()))
         manifest.probes.append(_base_probe(base_model, role))
-        store.publish(manifest, lambda folder, write=write: write(base_model, folder), signer)  # type: ignore[misc]  # mypy cannot infer a lambda with a default
+        store.publish(manifest, functools.partial(write, base_model), signer)
         logger.info("base version published", extra={"version": version})
         made.append(version)
     return made

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, logsigmoid, softplus
+from torch.nn.functional import logsigmoid, softplus
 
 from thumbwheel.v1.rollout_pb2 import ModelRole
 from trainer import balance, models
@@ -142,8 +142,8 @@ class Reward(Objective):
     def loss(self, model: Any, batch: Batch, constants: Mapping[str, float]) -> Losses:
         """See `Objective.loss`."""
         heads, samples = Heads.of(model.config.id2label), _pairs_of(batch)
-        hidden, rows = models.last_hidden(model, batch), model.score.weight
-        found = linear(hidden, rows[: heads.judging]).float()
+        hidden = models.last_hidden(model, batch)
+        found: Tensor = model.score(hidden)[:, : heads.judging].float()
         first, second = found.view(len(samples), 2, -1).unbind(1)  # each [B, 1 + aspects]
         differences = first - second
         verdicts = torch.tensor([_verdicts(sample, heads) for sample in samples], device=differences.device)
@@ -154,7 +154,7 @@ class Reward(Objective):
         losses = torch.where(said, losses + self.score_penalty * (first**2 + second**2), torch.zeros_like(losses))
         total = losses[:, 0] + losses[:, 1:].sum(1) / said[:, 1:].sum(1).clamp(min=1)
         if heads.ensemble:
-            members = linear(hidden.detach(), rows[heads.judging :]).float().view(len(samples), 2, -1)
+            members = model.score(hidden.detach())[:, heads.judging :].float().view(len(samples), 2, -1)
             total = total + self._of_members(members, verdicts[:, :1], margins[:, :1], samples)
         weights = (
             pairs(batch.means(batch.given["balanced"]))[0] if "balanced" in batch.given else pairs(batch.weights)[0]

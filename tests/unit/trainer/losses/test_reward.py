@@ -147,7 +147,7 @@ def test_the_whole_loss_equals_a_plain_one(scorer: torch.nn.Module) -> None:
 
 def test_the_ensemble_does_not_change_the_features(scorer: torch.nn.Module) -> None:
     samples = judged_pairs()[:1]
-    gradients = []
+    gradients: list[torch.Tensor] = []
     for ensemble in (True, False):
         if not ensemble:
             scorer.config.id2label = dict(enumerate(("overall", "helpfulness", "fluency")))  # type: ignore[union-attr]

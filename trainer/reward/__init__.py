@@ -1,0 +1,1 @@
+"""The commands about reward models: `thumbwheel reward init` and `thumbwheel reward report`."""
