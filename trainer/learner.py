@@ -9,7 +9,6 @@ ranks, all make one, and call its methods with the same arguments in the same or
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,8 +34,8 @@ from trainer.losses.mixture import Mixture, Term
 from trainer.samples import Pair, Sample
 
 _RANDOM = "random"
-_EXPLODED = 1e4
-"""A mean loss beyond this says nothing of the model any more: it counts as infinite."""
+_EXPLODED = 1e6
+"""A loss or a gradient beyond this is as bad as one that is no number: what comes of it is no model any more."""
 _WRITE_SECONDS = 1800.0
 """How long all ranks together may take to write a training checkpoint."""
 
@@ -100,8 +99,8 @@ class Learner:
         of what `Mixture.referenced` names; it may be empty where the objective needs none.
 
         Raises `errors.FailedPrecondition` where the objective learns from none of the samples, `guards.Unfit` at the
-        first loss or gradient that is not finite, and `Stopped` as soon as `stop` says so; the learner is of no use
-        after either of these two.
+        first loss or gradient that is not finite, or exploded, and `Stopped` as soon as `stop` says so; the learner is
+        of no use after either of these two.
         """
         settings, started = self._settings, time.perf_counter()
         samples = [sample for sample in samples if self._objective.learns_from(sample)]
@@ -212,7 +211,7 @@ class Learner:
             for name, (value, number) in measures_there.items():
                 _add(everywhere, name, value, number)
         mean_loss = everywhere.pop("")[0] / size
-        self._require_finite("loss", mean_loss if abs(mean_loss) < _EXPLODED else math.inf)
+        self._require_finite("loss", mean_loss)
         return mean_loss, {name: value / number for name, (value, number) in everywhere.items() if number}
 
     def probe(self, prompt: Sequence[int], continuation: Sequence[int]) -> list[float]:
@@ -330,7 +329,8 @@ class Learner:
             self._model.gradient_checkpointing_disable()
 
     def _require_finite(self, what: str, value: float) -> None:
-        if not math.isfinite(value):
+        # What is no number is not less than anything.
+        if not abs(value) < _EXPLODED:
             rate = self._groups[0].learning_rate
             raise Unfit(
                 f"The {what} is {value} at step {self.steps_done + 1} of objective {self._objective.name}: this round "

@@ -175,12 +175,13 @@ def test_a_long_sample_recomputes_its_activations_and_learns_the_same(policy_pat
     assert norms[0] == norms[1]
 
 
-def test_divergence_is_an_error_that_says_what_to_do(policy_path: Path) -> None:
+@pytest.mark.parametrize(("value", "told"), [(math.nan, "nan"), (1e9, r"\d+\.\d+")])
+def test_divergence_is_an_error_that_says_what_to_do(value: float, told: str, policy_path: Path) -> None:
     settings = settings_with()
     samples = make_samples(4)
     learner = Learner(dpo(settings), policy_path, settings, learning_rate=1e-3)
-    with pytest.raises(errors.Internal, match=r"loss is nan at step 1 .*not published.*Lower the learning rate"):
-        learner.learn(samples, with_sums(samples, math.nan, 0.0), round_number=1)
+    with pytest.raises(errors.Internal, match=rf"loss is {told} at step 1 .*not published.*Lower the learning rate"):
+        learner.learn(samples, with_sums(samples, value, 0.0), round_number=1)
     learner.close()
 
 
