@@ -52,7 +52,7 @@ check-code: setup
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
-	MYPYPATH=requirements $(BIN)/mypy requirements/install.py requirements/lock.py requirements/image.py
+	MYPYPATH=requirements $(BIN)/mypy requirements/install.py requirements/lock.py requirements/image.py requirements/supply.py
 
 .PHONY: check-protos
 check-protos: setup
@@ -60,6 +60,18 @@ check-protos: setup
 	diff -rq -x '__*' "$$fresh/$(STUBS)" $(STUBS) || { echo "$(STUBS) is not what proto/ says: make protos" >&2; exit 1; }
 	cd proto && ../$(BIN)/buf lint
 	cd proto && ../$(BIN)/buf breaking --against $(GOLDEN:proto/%=%)
+
+.PHONY: sbom
+sbom: setup ## Print the software bill of materials (CycloneDX)
+	@$(BIN)/python requirements/supply.py sbom
+
+.PHONY: check-licences
+check-licences: setup ## List every package's licence; fails for one that is not allowed
+	@$(BIN)/python requirements/supply.py licences
+
+.PHONY: check-vulnerabilities
+check-vulnerabilities: setup ## Look up what is locked in a file of OSV records: make check-vulnerabilities DATABASE=osv.json
+	@$(BIN)/python requirements/supply.py vulnerabilities $(DATABASE)
 
 .PHONY: check-k8s
 check-k8s: tools ## Render what Kubernetes is given, and check it by schemas, checkov and our own rules

@@ -10,6 +10,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from tests import secrets
 from tests.support import Process
 from thumbwheel import tracing
 
@@ -34,3 +35,13 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr(tracing, "_tracer", provider.get_tracer("test"))
     return exporter
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_log_tells_a_secret(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """At the end of all, every log that a process of these tests wrote is searched for keys and passwords."""
+    yield
+    base = tmp_path_factory.getbasetemp()
+    kept = [*secrets.kept(base)]
+    told = {str(path): secrets.leaks(path.read_text(errors="replace"), kept) for path in base.rglob("*.log")}
+    assert {path: what for path, what in told.items() if what} == {}, "a secret is in a log"

@@ -182,6 +182,21 @@ def test_readme_tree_lists_what_there_is() -> None:
     assert [str(path) for path in hidden] == [], "there, but not listed in README.md"
 
 
+def test_each_threat_has_a_guard_and_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "security.md").read_text()
+    rows = re.findall(r"^\| (?!threat|---)([^|]+) \| ([^|]+) \| ((?:`test_\w+`(?:, )?)+) \|$", text, flags=re.MULTILINE)
+    assert len(rows) == text.partition("## Threat model")[2].partition("Not guarded")[0].count("\n|") - 2
+    defined = {
+        node.name
+        for path in tracked("tests/**/test_*.py")
+        for node in ast.walk(ast.parse((ROOT / path).read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    named = {name for *_, tests in rows for name in re.findall(r"`(test_\w+)`", tests)}
+    assert len(named) > 30
+    assert named - defined == set(), "docs/security.md names tests that there are not"
+
+
 def test_make_targets_named_in_documents_exist() -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for document in tracked("*.md", "docs/*.md"):
