@@ -61,8 +61,8 @@ class Package:
             one.rpartition(" :: ")[2] for one in found.get_all("Classifier", []) if one.startswith("License")
         ]
         named = [one for one in classifiers if one != "OSI Approved"]
-        text = str(found["License"] if "License" in found else "").strip().split("\n")[0]
-        return " AND ".join(named) or text
+        texts = found.get_all("License", [])
+        return " AND ".join(named) or "".join(texts).strip().split("\n")[0]
 
 
 def packages() -> list[Package]:
