@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from thumbwheel import errors
+from trainer import kernels
 from trainer.batch import Batch
 
 LOGIT_ROWS = 256
@@ -25,7 +26,9 @@ def load_causal(path: Path) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.bfloat16, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path), dtype=torch.bfloat16, attn_implementation=kernels.register()
+    )
     for name in _UNSUPPORTED:
         if getattr(model.config, name, None) not in (None, 1, 1.0):
             raise errors.FailedPrecondition(
@@ -40,7 +43,7 @@ def load_scorer(path: Path) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(
-        str(path), dtype=torch.bfloat16, attn_implementation="sdpa"
+        str(path), dtype=torch.bfloat16, attn_implementation=kernels.register()
     )
     if not isinstance(getattr(model, "score", None), torch.nn.Linear) or model.score.bias is not None:
         raise errors.FailedPrecondition(
@@ -55,7 +58,7 @@ def new_scorer(path: Path) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(
-        str(path), num_labels=1, dtype=torch.bfloat16, attn_implementation="sdpa"
+        str(path), num_labels=1, dtype=torch.bfloat16, attn_implementation=kernels.register()
     )
     torch.nn.init.zeros_(model.score.weight)
     return _without_dropout(model.train())
@@ -86,12 +89,7 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
 def response_token_logprobs(model: Any, batch: Batch) -> Tensor:
     """[N] log-probabilities of the response tokens, in float32. Logits exist for them only, and not all at once."""
     head = model.get_output_embeddings()
-    hidden = hidden_states(model, batch)[batch.predictors]
-    parts = [
-        checkpoint(token_logprobs, head, rows, targets, use_reentrant=False)
-        for rows, targets in zip(torch.split(hidden, LOGIT_ROWS), torch.split(batch.targets, LOGIT_ROWS), strict=True)
-    ]
-    return torch.cat(parts)
+    return token_logprobs(head, hidden_states(model, batch)[batch.predictors], batch.targets)
 
 
 def response_logprobs(model: Any, batch: Batch) -> Tensor:
@@ -101,6 +99,17 @@ def response_logprobs(model: Any, batch: Batch) -> Tensor:
 
 def token_logprobs(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     """[N] log-probabilities, in float32, of the tokens `targets` [N] given the last layer's outputs `hidden` [N, H]."""
+    if type(head) is torch.nn.Linear and head.bias is None and not hasattr(head.weight, "ds_id"):
+        return kernels.token_logprobs(hidden, head.weight, targets, rows=LOGIT_ROWS)
+    # A head of another kind, or one whose weights are on other ranks until it is called.
+    parts = [
+        checkpoint(_logprobs, head, rows, tokens, use_reentrant=False)
+        for rows, tokens in zip(torch.split(hidden, LOGIT_ROWS), torch.split(targets, LOGIT_ROWS), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _logprobs(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     logits = head(hidden).float()
     chosen: Tensor = logits.gather(1, targets[:, None]).squeeze(1)
     normaliser: Tensor = logits.logsumexp(1)
