@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import sys
 import threading
@@ -27,10 +26,9 @@ logger = logging.getLogger("trainer")
 
 def main(settings: TrainerSettings, stop: threading.Event) -> None:
     """Publishes version 0 where asked to; then learns until `stop`."""
-    if not settings.init_only and os.environ.get("WORLD_SIZE", "1") != "1":
-        raise errors.FailedPrecondition(
-            "The continuous trainer runs as one rank.", remedy="Use torchrun --nproc-per-node 1."
-        )
+    if not settings.init_only and not runtime.is_lead():
+        _follow(settings, stop)
+        return
     from thumbwheel.auth import ManifestSigner, ManifestVerifier
     from thumbwheel.checkpoints.store import LocalStore
 
@@ -63,11 +61,21 @@ def main(settings: TrainerSettings, stop: threading.Event) -> None:
             producer = log.producer()
             opened.callback(_close, producer)
             shared = Shared(settings, log, producer, store, signer, stop)
+            opened.callback(shared.team.end)
             tasks = []
             for name in settings.tasks:
                 tasks.append(Task(name, shared, resident=len(settings.tasks) == 1))
                 opened.callback(tasks[-1].close)
             loop.run(tasks, stop, ready)
+
+
+def _follow(settings: TrainerSettings, stop: threading.Event) -> None:
+    """What ranks but the first do: their part of the learner's work. Only rank 0 reads the stream and publishes."""
+    runtime.prepare(settings.threads)
+    from trainer.team import Team
+
+    with contextlib.suppress(runtime.Stopped):
+        Team(settings, stop.is_set).follow()
 
 
 def _close(producer: Producer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
 import threading
 from collections.abc import Callable
@@ -21,12 +22,12 @@ class Background:
     def submit(self, work: Callable[[], None]) -> None:
         """Does `work` after all that was submitted before; not at all, where that failed."""
         self.check()
-        before = list(self._futures)
+        before, context = list(self._futures), contextvars.copy_context()  # traces go on in it
 
         def run() -> None:
             for future in before:
                 future.result()
-            work()
+            context.run(work)
 
         self._futures.append(self._executor.submit(run))
 
@@ -35,6 +36,11 @@ class Background:
         for future in [future for future in self._futures if future.done()]:
             future.result()
             self._futures.remove(future)
+
+    @property
+    def idle(self) -> bool:
+        """Whether all of it is done."""
+        return all(future.done() for future in self._futures)
 
     def wait(self) -> None:
         """Waits for all of it. Raises what it failed with. Every piece of work has deadlines of its own."""

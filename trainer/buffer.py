@@ -84,6 +84,10 @@ class Buffer:
         """The `count` samples that arrived first; they go on waiting until they are `learnt`."""
         return [sample for sample, _ in zip(self._pending.values(), range(count), strict=False)]
 
+    def pick(self, sample_ids: Iterable[str]) -> list[Sample]:
+        """Those samples that wait, in this order."""
+        return [self._pending[sample_id] for sample_id in sample_ids if sample_id in self._pending]
+
     def drop(self, sample_ids: Iterable[str]) -> None:
         """Forgets samples that wait and are of no use any more."""
         for sample_id in sample_ids:

@@ -1,10 +1,14 @@
 """Training checkpoints: everything a task is, in one folder that is there whole or not at all.
 
     root/checkpoint-000012/index.json     every other file with its size and SHA-256
+    root/round-000013/index.json          what is being learnt, on top of checkpoint 12; small, and no weights
     root/.staging                         one being written
 
-A folder appears by one rename, after its files are hashed and synced. It is the trainer's own and stays with it:
-weights in it are DeepSpeed's pickles, which is why nothing is read before its hash is checked.
+A folder appears by one rename, after its files are hashed and synced. It is the trainer's own and stays with it.
+Nothing is read before its hash is checked.
+
+A round is written down before it is learnt. After a crash it is learnt again from the very same samples, whatever has
+come in meanwhile and in whatever order it is read: so the weights come out the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ logger = logging.getLogger(__name__)
 INDEX = "index.json"
 _FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d{6,})")
+_ROUND = re.compile(r"round-(\d{6,})")
+_STAGING, _ROUND_STAGING = ".staging", ".staging-round"
 
 
 class TrainingCheckpoints:
@@ -36,16 +42,63 @@ class TrainingCheckpoints:
         """Makes checkpoint `number` of what `fill` writes into a folder. One that has that number is replaced: only a
         corrupt one can be there. Raises `errors.NoSpace`; then nothing has changed.
         """
+        return self.finish(number, self.stage(number, fill))
+
+    def stage(self, number: int, fill: Callable[[Path], None]) -> Path:
+        """The first half of `write`: the folder that `fill` has written into, and that more may be written into."""
+        return self._stage(_STAGING, self._root / f"checkpoint-{number:06d}", fill)
+
+    def target(self, number: int) -> Path:
+        """Where checkpoint `number` is, once it is there."""
+        return self._root / f"checkpoint-{number:06d}"
+
+    def finish(self, number: int, staging: Path, more: Callable[[], None] = lambda: None) -> Path:
+        """The second half: when `more` has written the rest, the folder is hashed, synced and renamed. Old checkpoints
+        go, and rounds that none of those that stay needs.
+        """
+        target = self._put(staging, self.target(number), more)
+        newest_first = sorted(self._numbered(_NAME), reverse=True)
+        kept, old = newest_first[: self._keep], newest_first[self._keep :]
+        for _, folder in [*old, *((n, folder) for n, folder in self._numbered(_ROUND) if n <= kept[-1][0])]:
+            shutil.rmtree(folder)
+        return target
+
+    def write_round(self, number: int, fill: Callable[[Path], None]) -> Path:
+        """Writes down what round `number` learns, as `write` does. Raises `errors.NoSpace`."""
+        target = self._root / f"round-{number:06d}"
+        return self._put(self._stage(_ROUND_STAGING, target, fill), target)
+
+    def round(self, number: int) -> Path | None:
+        """What round `number` learns, where that was written down; one that does not verify is passed over."""
+        folder = self._root / f"round-{number:06d}"
+        if not folder.exists():
+            return None
+        if fault := _fault(folder):
+            logger.error("what a round learns is read from the stream again: %s", fault)
+            return None
+        return folder
+
+    def _stage(self, name: str, target: Path, fill: Callable[[Path], None]) -> Path:
         self._root.mkdir(parents=True, exist_ok=True)
-        staging, target = self._root / ".staging", self._root / f"checkpoint-{number:06d}"
-        newest = max(self._numbered(), default=None)
-        needed = files.tree_size(newest[1]) if newest else 0
+        staging = self._root / name
+        newest = max(self._numbered(_NAME), default=None)
+        needed = files.tree_size(newest[1]) if newest and target.name.startswith("checkpoint") else 0
         shutil.rmtree(staging, ignore_errors=True)
         try:
             with files.space_errors(self._root, needed, f"a training checkpoint ({target.name})"):
                 files.require_space(self._root, needed, f"a training checkpoint ({target.name})")
                 staging.mkdir()
                 fill(staging)  # 1
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        return staging
+
+    def _put(self, staging: Path, target: Path, more: Callable[[], None] = lambda: None) -> Path:
+        needed = files.tree_size(staging)
+        try:
+            with files.space_errors(self._root, needed, f"a training checkpoint ({target.name})"):
+                more()
                 index = {"format": _FORMAT, "files": _describe(staging)}  # 2
                 (staging / INDEX).write_text(json.dumps(index, indent=1))
                 files.sync_tree(staging)  # 3
@@ -55,8 +108,6 @@ class TrainingCheckpoints:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         files.sync(self._root)
-        for _, old in sorted(self._numbered(), reverse=True)[self._keep :]:
-            shutil.rmtree(old)
         return target
 
     def newest(self) -> Path | None:
@@ -66,7 +117,7 @@ class TrainingCheckpoints:
         are some and none verifies: beginning anew would learn everything twice.
         """
         faults = []
-        for _, folder in sorted(self._numbered(), reverse=True):
+        for _, folder in sorted(self._numbered(_NAME), reverse=True):
             if fault := _fault(folder):
                 faults.append(fault)
                 logger.error("training checkpoint passed over: %s", fault)
@@ -80,9 +131,9 @@ class TrainingCheckpoints:
             )
         return None
 
-    def _numbered(self) -> list[tuple[int, Path]]:
+    def _numbered(self, name: re.Pattern[str]) -> list[tuple[int, Path]]:
         found = self._root.iterdir() if self._root.is_dir() else ()
-        return [(int(match[1]), path) for path in found if (match := _NAME.fullmatch(path.name))]
+        return [(int(match[1]), path) for path in found if (match := name.fullmatch(path.name))]
 
 
 def _describe(folder: Path) -> dict[str, dict[str, int | str]]:

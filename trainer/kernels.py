@@ -45,8 +45,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, rows: int) -> Tensor:
-    """[N] log-probabilities, in float32, of `targets` [N], of the logits `hidden` [N, H] times `weight` [V, H]; `rows` rows
-    of them exist at a time in float32.
+    """[N] log-probabilities, in float32, of `targets` [N] by the logits `hidden` [N, H] times `weight` [V, H]; `rows`
+    rows of logits exist at a time in float32.
     """
     found: Tensor = _TokenLogprobs.apply(hidden, weight, targets, rows)  # type: ignore[no-untyped-call]
     return found

@@ -250,13 +250,16 @@ class Learner:
         if ranks.lead():
             self._model.save_pretrained(folder, state_dict=state)
 
-    def save(self, folder: Path) -> Background:
-        """Writes master weights, optimizer, random state and the objectives' states into `folder`, in the background;
-        wait for the end of what it returns. Meanwhile the learner may learn: its next step of the optimizer waits until
-        all is read out of memory.
+    def save(self, folder: Path, model: Path | None = None) -> Background:
+        """Writes master weights, optimizer, random state and the objectives' states into `folder`, and the model, as
+        `write_model` does, into `model`, in the background; wait for the end of what it returns. Meanwhile the learner
+        may learn: its next step of the optimizer waits until all is read out of memory.
         """
         rank, files = ranks.rank(), 1 if self._engine.stage == 0 else ranks.count()
         self.wait_saved()
+        together = self._engine.stage == 3  # then all ranks have to take part, here and now
+        if model is not None and together:
+            self.write_model(model)
         fragments, random_state = self._engine.fragments(), torch.get_rng_state().clone()
         index = {
             "files": files,
@@ -267,6 +270,12 @@ class Learner:
         self._captured.clear()
 
         def write() -> None:
+            try:
+                if model is not None and rank == 0 and not together:
+                    self._model.save_pretrained(model)
+            except BaseException:
+                self._captured.set()
+                raise
             if rank < files:
                 shards.write(folder / shards.file_name(rank), fragments, {_RANDOM: random_state}, self._captured.set)
             self._captured.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import os
 import shutil
 import threading
 import time
@@ -167,6 +168,14 @@ def write_deltas(parent: Path, folder: Path) -> None:
             logger.info("no delta is written: too much has changed", extra={"file": weights.name})
             continue
         delta.write(before, weights, weights.with_name(weights.name + delta.SUFFIX))
+
+
+def link(source: Path, target: Path) -> None:
+    """The same file under a second name; a copy, where that is on another disk."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def copy_tokenizer(source: VerifiedVersion, folder: Path) -> None:

@@ -8,15 +8,17 @@ in the process does its learner stay in memory.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from google.protobuf import json_format
 
@@ -26,6 +28,7 @@ from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion, version_na
 from thumbwheel.stream.log import Log, Producer, TopicPartition
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, Lineage, ModelRole, OffsetRange, Probe
 from trainer import feed, guards, losses, metrics, progress, publish
+from trainer.background import Background
 from trainer.board import Board
 from trainer.buffer import Buffer
 from trainer.checkpoint import TrainingCheckpoints
@@ -40,13 +43,16 @@ from trainer.staleness import sequence as version_number
 from trainer.staleness import staleness
 
 if TYPE_CHECKING:
-    from trainer.learner import Learner, StepReport
+    from trainer.learner import StepReport
     from trainer.losses.mixture import Mixture
+    from trainer.team import Team
 
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
 VERSION = "version.json"
+LESSON = "lesson.json"
+MODEL = "model"
 _LAG_SECONDS = 5.0
 
 
@@ -60,6 +66,13 @@ class Shared:
     store: LocalStore
     signer: ManifestSigner
     stop: threading.Event
+
+    @functools.cached_property
+    def team(self) -> Team:
+        """The ranks, and the learner that they have."""
+        from trainer.team import Team
+
+        return Team(self.settings, self.stop.is_set)
 
 
 @dataclass(frozen=True)
@@ -133,9 +146,18 @@ class Task:
         self._retracted: list[str] = []
         self._learnt: Sequence[Sample] = ()
         self._began = 0.0
-        self._learner: Learner | None = None
+        self._after = Background(f"after-{name}")
+        self._to_commit: dict[TopicPartition, int] = {}
         self._folder = self._checkpoints.newest()
         self._state, self._buffer = self._load(self._folder) if self._folder else self._begin()
+        # Where a round was being learnt, what it learns is taken from there, and not read from the stream again.
+        self._begun = self._checkpoints.round(self._state.round + 1)
+        self._planned: list[str] = []
+        start = self._state
+        if self._begun is not None:
+            start, self._buffer = self._load(self._begun)
+            lesson = json.loads((self._begun / LESSON).read_text())
+            self._planned, self._retracted = lesson["samples"], lesson["retracted"]
         self._halted = ""
         self._board = Board(settings.home / "tensorboard" / name)
         self._vitals: dict[str, float] = {}
@@ -148,8 +170,8 @@ class Task:
             shared.producer,
             self._encoder,
             task=name,
-            start=self._state.positions,
-            topic_ids=self._state.topic_ids,
+            start=start.positions,
+            topic_ids=start.topic_ids,
             kinds=feed.wanted_kinds(self._kinds, settings) if name == "policy" else self._kinds,
             prompts=self._feed.prompts if online else None,
             prompt_room=settings.rollout_tokens,
@@ -164,11 +186,17 @@ class Task:
             self._feed.open()
         if self._folder is not None:
             self.publish()
+            self._after.wait()
         else:
             self._publisher.announce(self._shared.store.load(self._state.version))
 
     def ingest(self, timeout: float) -> None:
         """Takes in feedback from the stream, waiting up to `timeout` seconds for the first, and rollouts."""
+        self._after.check()
+        if self._to_commit and self._after.idle:
+            self._ingest.commit(self._to_commit)
+            self._to_commit = {}
+        self._shared.team.idle()
         self._retracted += self._ingest.read(self._buffer, timeout)
         self._feed.collect(self._buffer, time.monotonic())
         self._feed.ask(self._buffer)
@@ -207,6 +235,8 @@ class Task:
 
     def due(self) -> bool:
         """True where a round is to start. Rollouts that are too old by now are dropped."""
+        if self._planned:
+            return not self._halted
         settings = self._shared.settings
         self._feed.drop_stale(self._buffer, version_number(self._state.version))
         return not self._halted and self._buffer.due(
@@ -217,8 +247,24 @@ class Task:
         )
 
     def batch(self) -> list[Sample]:
-        """The samples of the next round, oldest first; they go on waiting until a checkpoint has them."""
-        return self._buffer.oldest(self._shared.settings.round_size)
+        """The samples of the next round, oldest first; they go on waiting until a checkpoint has them. Which they are
+        is written down before they are learnt. Raises `errors.NoSpace`.
+        """
+        if self._planned:
+            wanted, self._planned = self._planned, []
+            return self._buffer.pick(wanted)
+        found = self._buffer.oldest(self._shared.settings.round_size)
+        lesson = {"samples": [sample.id for sample in found], "retracted": self._retracted}
+        state = dataclasses.replace(self._state, positions=self._ingest.positions(), topic_ids=self._ingest.topic_ids())
+
+        def fill(folder: Path) -> None:
+            self._buffer.save(folder)
+            self._feed.save(folder)
+            (folder / STATE).write_text(state.to_json())
+            (folder / LESSON).write_text(json.dumps(lesson))
+
+        self._checkpoints.write_round(self._state.round + 1, fill)
+        return found
 
     def halt(self, fault: guards.Unfit) -> None:
         """Learns and publishes no more until the process is started again; says why. What waits, waits."""
@@ -231,46 +277,37 @@ class Task:
         """Learns from a round; returns its measurements. Raises `Stopped`, and `guards.Unfit` where what came of it is
         not to be published.
         """
-        from trainer.inference import reference_logprobs
-
-        stop, settings = self._shared.stop.is_set, self._shared.settings
-        reference: Any = {}
+        team = self._shared.team
         self._began = time.time()
         logger.info("round begins", extra={"task": self.name, "round": self._state.round + 1, "samples": len(samples)})
         self._feed.ask(self._buffer, ahead=len(samples))  # the next round's rollouts are made meanwhile
         written, samples = samples, self._feed.lesson(samples, round_number=self._state.round + 1)
         if self._objective.needs_reference:
             with self._phase("reference"):
-                reference = reference_logprobs(
-                    self._base.path,
-                    self._objective.referenced(samples),
-                    max_tokens=settings.micro_batch_tokens,
-                    stop=stop,
-                )
+                team.reference(self._base.path, self._objective.referenced(samples))
         with self._phase("restore"):
-            learner = self._restored()
+            self._restore()
         with self._phase("learn"):
-            measured = learner.learn(
+            measured = team.learn(
                 samples,
-                reference,
                 round_number=self._state.round + 1,
-                stop=stop,
                 on_step=lambda report: self._report(report, on_step),
             )
         self._observe(written, samples, measured)
         return measured
 
     def checkpoint(self, samples: Sequence[Sample], measured: dict[str, float]) -> None:
-        """Makes what was learnt durable, together with everything it depends on: from here on it is never learnt again.
+        """Makes what was learnt durable, together with everything it depends on: from then on it is never learnt again.
 
-        Raises `errors.NoSpace`.
+        Most of it is written in the background, where the learner stays in memory. Raises `errors.NoSpace`, and what
+        kept the round before from being written or published.
         """
-        learner = self._restored()
+        self._after.wait()
         self._buffer.learnt(sample.id for sample in samples)
         newest = self._shared.store.latest(self._objective.role)
         state = State(
             round=self._state.round + 1,
-            steps=learner.steps_done,
+            steps=self._shared.team.learner.steps_done,
             # Above what is in the store even where an older training checkpoint had to be used: names are used once.
             version=version_name(self._objective.role, (newest.sequence if newest else 0) + 1),
             positions=self._ingest.positions(),
@@ -282,7 +319,6 @@ class Task:
         self._feed.replay.learnt(samples)
 
         def fill(folder: Path) -> None:
-            learner.save(folder).wait()
             self._buffer.save(folder)
             self._feed.save(folder)
             (folder / STATE).write_text(state.to_json())
@@ -290,55 +326,83 @@ class Task:
             (folder / SAMPLES).write_text(ids)
 
         with self._phase("checkpoint"):
-            self._folder = self._checkpoints.write(state.round, fill)
+            staging = self._checkpoints.stage(state.round, fill)
+            writing = self._shared.team.save(staging, staging / MODEL)
+
+        def finish() -> None:
+            with self._phase("write"):
+                self._checkpoints.finish(state.round, staging, writing.wait)
+
+        self._do_after(finish)
+        if not self._resident:
+            self._release()
+        self._folder = self._checkpoints.target(state.round)
         self._state, self._retracted, self._learnt = state, [], samples
         metrics.ROUNDS.labels(self.name).inc()
         metrics.LEARNT.labels(self.name).inc(len(samples))
         metrics.PENDING.labels(self.name).set(len(self._buffer))
 
     def publish(self) -> None:
-        """Publishes the version that the newest training checkpoint stands for, and announces it. May be done again."""
+        """Publishes the version that the newest training checkpoint stands for, and announces it, when that is written.
+        May be done again.
+        """
         assert self._folder is not None, "there is nothing to publish before the first checkpoint"
-        manifest = json_format.Parse((self._folder / VERSION).read_text(), CheckpointManifest())
+        folder, learnt, began = self._folder, self._learnt, self._began
+        self._do_after(lambda: self._publish(folder, learnt, began))
+        self._learnt = ()
+
+    def _publish(self, made: Path, learnt: Sequence[Sample], began: float) -> None:
+        manifest = json_format.Parse((made / VERSION).read_text(), CheckpointManifest())
         with self._phase("publish"):
-            version = self._publisher.publish(manifest, lambda folder: self._write(folder, manifest.parent))
-            if not self._resident:
-                self._release()
-            announced = self._publisher.announce(version, [sample.received_at for sample in self._learnt])
+            version = self._publisher.publish(manifest, lambda folder: self._write(made, folder, manifest.parent))
+            announced = self._publisher.announce(version, [sample.received_at for sample in learnt])
             within = tracing.traceparent()
         if announced:
-            for sample in self._learnt:
+            for sample in learnt:
                 if sample.received_at:
                     metrics.FEEDBACK_TO_PUBLISH.labels(self.name).observe(max(0.0, time.time() - sample.received_at))
                 # So that the trace of a click ends with the version that learnt from it, and leads on to its own.
                 tracing.record(
                     "trainer.learnt",
                     parent=sample.traceparent,
-                    began=self._began,
+                    began=began,
                     links=[within],
                     task=self.name,
                     version=manifest.version,
                 )
-        self._learnt = ()
 
     def commit(self) -> None:
-        """Tells the broker how far this task is, for monitoring lag; nothing ever starts from it."""
-        self._ingest.commit(self._state.positions)
+        """Has the broker told how far this task is, when that is published: for monitoring lag. Nothing ever starts
+        from it.
+        """
+        self._to_commit = self._state.positions
+        if self._after.idle:
+            self._ingest.commit(self._to_commit)
+            self._to_commit = {}
 
     def close(self) -> None:
-        """Lets go of everything."""
-        self._feed.close()
-        self._board.close()
-        self._release()
-        self._ingest.close()
+        """Lets go of everything, when what was begun in the background is done."""
+        try:
+            self._after.close()
+        finally:
+            self._feed.close()
+            self._board.close()
+            self._release()
+            self._ingest.close()
+
+    def _do_after(self, work: Callable[[], None]) -> None:
+        """Does work in the background, after all such work before; where tasks take turns, now."""
+        self._after.submit(work)
+        if not self._resident:
+            self._after.wait()
 
     def _open_feed(self) -> Feed:
         """What a policy is fed with beside people's judgements."""
         settings, replay = self._shared.settings, Replay(self._shared.settings.seed)
         prompts = Prompts(settings.prompt_uses)
-        if self._folder is not None:
-            replay = Replay.load(self._folder, settings.seed)
-            prompts = Prompts.load(self._folder, settings.prompt_uses)
+        if (folder := self._begun or self._folder) is not None:
+            replay = Replay.load(folder, settings.seed)
+            prompts = Prompts.load(folder, settings.prompt_uses)
         if self.name != "policy":
             return Feed(settings, self.name, self._kinds, prompts=prompts, replay=replay)
         demonstrations: Sequence[Demonstration] = ()
@@ -430,36 +494,22 @@ class Task:
             )
         return State(round=0, steps=newest.lineage.steps, version=newest.version, positions={}, topic_ids={}), buffer
 
-    def _restored(self) -> Learner:
-        """The learner, made from the newest training checkpoint where it is not in memory."""
-        if self._learner is None:
-            from trainer.learner import Learner
-
-            settings = self._shared.settings
+    def _restore(self) -> None:
+        """Makes the learner from the newest training checkpoint where it is not in memory."""
+        if not self._shared.team.is_open:
             start = self._base.path if self._folder else self._shared.store.load(self._state.version).path
-            learner = Learner(
-                self._objective,
-                start,
-                settings,
-                learning_rate=settings.learning_rate(self.name),
-                steps_done=self._state.steps,
-            )
-            if self._folder is not None:
-                learner.restore(self._folder)
-            self._learner = learner
-        return self._learner
+            steps = self._state.steps
+            self._shared.team.open(self.name, start, steps_done=steps, checkpoint=self._folder)
 
     def _release(self) -> None:
-        if self._learner is not None:
-            self._learner.close()
-            self._learner = None
+        self._shared.team.close()
 
-    def _write(self, folder: Path, parent: str) -> None:
-        """Fills a version's folder."""
-        assert self._folder is not None
-        self._restored().write_model(folder)
+    def _write(self, made: Path, folder: Path, parent: str) -> None:
+        """Fills a version's folder from a training checkpoint's."""
+        for file in (made / MODEL).iterdir():
+            publish.link(file, folder / file.name)
         publish.copy_tokenizer(self._base, folder)
-        (folder / SAMPLES).write_text((self._folder / SAMPLES).read_text())
+        shutil.copyfile(made / SAMPLES, folder / SAMPLES)
         publish.write_deltas(self._shared.store.root / parent, folder)
 
     def _manifest(
@@ -489,11 +539,11 @@ class Task:
         manifest.created_at.GetCurrentTime()
         if role == ModelRole.MODEL_ROLE_POLICY:
             prompt, continuation = publish.probe_tokens(self._encoder.tokenizer)
-            logprobs = self._restored().probe(prompt, continuation)
+            logprobs = self._shared.team.probe(prompt, continuation)
             manifest.probes.append(Probe(prompt_token_ids=prompt, token_ids=continuation, logprobs=logprobs))
         else:
             prompt, response = publish.scored_probe_tokens(self._encoder.tokenizer)
-            score = self._restored().probe_score([*prompt, *response])
+            score = self._shared.team.probe_score([*prompt, *response])
             manifest.probes.append(Probe(prompt_token_ids=prompt, token_ids=response, score=score))
         return manifest
 
