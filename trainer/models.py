@@ -99,7 +99,8 @@ def response_logprobs(model: Any, batch: Batch) -> Tensor:
 
 def token_logprobs(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
     """[N] log-probabilities, in float32, of the tokens `targets` [N] given the last layer's outputs `hidden` [N, H]."""
-    if type(head) is torch.nn.Linear and head.bias is None and not hasattr(head.weight, "ds_id"):
+    plain = type(head) is torch.nn.Linear and getattr(head, "bias", None) is None
+    if plain and not hasattr(head.weight, "ds_id"):
         return kernels.token_logprobs(hidden, head.weight, targets, rows=LOGIT_ROWS)
     # A head of another kind, or one whose weights are on other ranks until it is called.
     parts = [

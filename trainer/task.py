@@ -552,7 +552,7 @@ class Task:
         for measure, value in report.measures.items():
             metrics.MEASURE.labels(self.name, measure).set(value)
         metrics.GRAD_NORM.labels(self.name).set(report.grad_norm)
-        self._board.step(self._restored().steps_done, report.numbers())
+        self._board.step(self._shared.team.learner.steps_done, report.numbers())
         logger.info("step", extra={"task": self.name, **progress.fields(report)})
         on_step(report)
 
