@@ -2,7 +2,7 @@
 
 Kubernetes' own kinds are checked against its published schemas (kubernetes-validate, strict). Of custom resources, the
 operators' own models are used where a package brings them (KEDA, Prometheus Operator, Kubeflow Trainer); for the others
-`schemas/` holds what we use of their definitions, written by hand: a field that is not in it is refused.
+`definitions/` holds what we use of their definitions, written by hand: a field that is not in it is refused.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _model(group: str, kind: str) -> type[BaseModel] | None:
 
 @cache
 def _schema(group: str, kind: str) -> Resource | None:
-    path = HERE / "schemas" / f"{group.partition('/')[0]}.json"
+    path = HERE / "definitions" / f"{group.partition('/')[0]}.json"
     if not path.exists():
         return None
     found: Resource | None = json.loads(path.read_text()).get(f"{group.partition('/')[2]}/{kind}")
