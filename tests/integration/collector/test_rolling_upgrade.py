@@ -1,6 +1,6 @@
-"""Two releases at once, under load: applications and policies of the one before and of this one, around a collector that
-is taken down and comes back; readers of both on the stream. The one before is its contracts, out of `proto/golden/`:
-it sends and understands what it knew, and nothing else.
+"""Two releases at once, under load: applications and policies of the one before and of this one, around a collector
+that is taken down and comes back; readers of both on the stream. The one before is its contracts, out of
+`proto/golden/`: it sends and understands what it knew, and nothing else.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from thumbwheel.v1.preference_pb2 import Feedback, SubmitFeedbackRequest, Submit
 SECONDS = 60.0
 VOTES = 120
 OLD_SCHEMA = "0002"
+PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 BEFORE = Release(RELEASES[-1])
 
 
@@ -73,7 +74,7 @@ class World:
                     ).feedback_id
                     return
                 except grpc.RpcError as error:
-                    if error.code() != grpc.StatusCode.UNAVAILABLE or time.monotonic() > deadline:
+                    if error.code() not in PASSING or time.monotonic() > deadline:
                         raise
 
     def publish(self, event: GenerationEvent, release: Release | None) -> None:
