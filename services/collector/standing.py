@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from itertools import groupby
-from operator import itemgetter
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, Select, bindparam, select
+from sqlalchemy import Connection, Row, select, text
 
 from services.collector import many
 from services.collector.curation import (
@@ -24,9 +21,10 @@ from services.collector.curation import (
     Vote,
 )
 from services.collector.join import Arrived
-from services.collector.tables import feedback, feedback_generations, generations, gold, raters
+from services.collector.tables import raters
 from thumbwheel.v1.preference_pb2 import Feedback
 
+_CHOICES = {choice.value: choice for choice in Choice}
 _REASONS = {reason.value: reason for reason in Reason}
 QUARANTINED, RELEASED = "QUARANTINED", "RELEASED"
 
@@ -56,41 +54,65 @@ class Fresh(NamedTuple):
     traceparent: str
 
 
-_FIELDS = ("feedback_id", "tenant", "user_id", "kind", "prompt_id", "group_id", "item", "choice", "sample_id")
-_OTHERS = ("edit_sha256", "user_rank", "tenant_rank", "received_at", "released")
-_STOOD = ("state", "reason", "weight", "comparison_id", "superseded_by")
+class _Judged(NamedTuple):
+    """A judgement with its responses, as one row: `b_` is of the second response, where there is one."""
+
+    feedback_id: str
+    tenant: str
+    user_id: str
+    kind: str
+    prompt_id: str
+    group_id: str
+    item: bytes
+    choice: str
+    sample_id: str
+    edit_sha256: Any
+    user_rank: int
+    tenant_rank: int
+    received_at: int
+    released: bool
+    state: str
+    reason: str
+    weight: float
+    comparison_id: str | None
+    superseded_by: str | None
+    prompt_sha256: bytes | None
+    a_id: str
+    a_sha256: bytes
+    a_empty: bool
+    a_cut: bool
+    a_version: str
+    b_id: str | None
+    b_sha256: Any
+    b_empty: Any
+    b_cut: Any
+    b_version: Any
+    gold: str | None
+    """The generation that is better beyond doubt, where this is a control question."""
 
 
-def _all() -> Select[Any]:
-    """Judgements that may teach, each with a row for each of its responses."""
-    return (
-        select(
-            *(feedback.c[name] for name in (*_FIELDS, *_OTHERS, *_STOOD)),
-            generations.c.generation_id,
-            generations.c.prompt_sha256,
-            generations.c.text_sha256,
-            generations.c.empty,
-            generations.c.cut,
-            generations.c.version,
-            gold.c.chosen,
-        )
-        .join_from(feedback, feedback_generations, feedback_generations.c.feedback_id == feedback.c.feedback_id)
-        .join(generations, generations.c.generation_id == feedback_generations.c.generation_id)
-        .outerjoin(gold, (gold.c.tenant == feedback.c.tenant) & (gold.c.item == feedback.c.item))
-        .where(feedback.c.joined == "", feedback.c.state != "RETRACTED", feedback.c.item.is_not(None))
-        .order_by(feedback.c.feedback_id, feedback_generations.c.place)
-    )
-
-
-_OF_GROUPS = _all().where(
-    feedback.c.tenant == bindparam("of_tenant"), feedback.c.group_id.in_(bindparam("of_groups", expanding=True))
-)
+_OF_FEEDBACK = _Judged._fields[: _Judged._fields.index("prompt_sha256")]
+# One row for each, and as text: what SQLAlchemy adds to each value of a row takes longer than reading it.
+_JUDGED = f"""
+SELECT {", ".join(f"f.{name}" for name in _OF_FEEDBACK)}, a.prompt_sha256,
+       a.generation_id, a.text_sha256, a.empty, a.cut, a.version,
+       b.generation_id, b.text_sha256, b.empty, b.cut, b.version, gold.chosen
+FROM feedback f
+JOIN feedback_generations fa ON fa.feedback_id = f.feedback_id AND fa.place = 0
+JOIN generations a ON a.generation_id = fa.generation_id
+LEFT JOIN feedback_generations fb ON fb.feedback_id = f.feedback_id AND fb.place = 1
+LEFT JOIN generations b ON b.generation_id = fb.generation_id
+LEFT JOIN gold ON gold.tenant = f.tenant AND gold.item = f.item
+WHERE f.joined = '' AND f.state <> 'RETRACTED' AND f.item IS NOT NULL
+"""
+_OF_GROUPS = f"{_JUDGED} AND f.tenant = :tenant AND f.group_id IN (:many) ORDER BY f.feedback_id"
+_ALL = text(f"{_JUDGED} ORDER BY f.feedback_id")
 
 
 def of_groups(connection: Connection, tenant: str, groups: Collection[str], *, learn_from_cut: bool) -> list[Standing]:
-    """The judgements of these groups of prompts, by feedback id."""
-    rows = connection.execute(_OF_GROUPS, {"of_tenant": tenant, "of_groups": list(groups)}).all()
-    return list(_standings(rows, learn_from_cut))
+    """The judgements of these groups of prompts."""
+    rows = many.find(connection, _OF_GROUPS, list(groups), tenant=tenant)
+    return [_standing(_Judged(*row), learn_from_cut) for row in rows]
 
 
 _GOLD = "SELECT item, chosen FROM gold WHERE tenant = :tenant AND item IN (:many)"
@@ -103,17 +125,18 @@ def gold_of(connection: Connection, tenant: str, items: Sequence[bytes]) -> dict
 
 def fresh(values: dict[str, Any], seen: Sequence[Arrived], chosen: str | None, learn_from_cut: bool) -> Standing:
     """How a judgement stands that is being recorded, of generations in the order of display."""
-    responses = [
-        Response(one.generation_id, one.text_sha256, one.empty, one.cut and not learn_from_cut, one.version)
-        for one in seen
-    ]
-    return _standing(SimpleNamespace(**values, prompt_sha256=seen[0].prompt_sha256, chosen=chosen), responses)
+    shown = [(one.generation_id, one.text_sha256, one.empty, one.cut, one.version) for one in seen]
+    first, second = shown[0], shown[1] if len(shown) > 1 else (None,) * 5
+    own = (values[name] for name in _OF_FEEDBACK)
+    row = _Judged._make([*own, seen[0].prompt_sha256, *first, *second, chosen])
+    return _standing(row, learn_from_cut)
 
 
 def everything(connection: Connection, *, learn_from_cut: bool) -> Iterator[tuple[str, Vote]]:
     """All judgements of all tenants with their groups, read a page at a time."""
-    rows = connection.execution_options(yield_per=1_000).execute(_all())
-    return ((standing.group, standing.vote) for standing in _standings(rows, learn_from_cut))
+    for row in connection.execution_options(yield_per=1_000).execute(_ALL):
+        standing = _standing(_Judged(*row), learn_from_cut)
+        yield standing.group, standing.vote
 
 
 _RATERS = "SELECT * FROM raters WHERE tenant = :tenant AND user_id IN (:many)"
@@ -159,29 +182,28 @@ def _rater(row: Row[Any]) -> Rater:
     )
 
 
-def _standings(rows: Iterable[Row[Any]], learn_from_cut: bool) -> Iterator[Standing]:
-    for _, of_one in groupby(rows, key=itemgetter(0)):
-        both = list(of_one)
-        yield _standing(both[0], [_response(one, learn_from_cut) for one in both])
-
-
-def _standing(row: Any, responses: list[Response]) -> Standing:
+def _standing(row: _Judged, learn_from_cut: bool) -> Standing:
+    a = Response(row.a_id, row.a_sha256, bool(row.a_empty), bool(row.a_cut and not learn_from_cut), row.a_version)
+    b = None
+    if row.b_id is not None:
+        cut = bool(row.b_cut and not learn_from_cut)
+        b = Response(row.b_id, row.b_sha256, bool(row.b_empty), cut, row.b_version)
     edit = row.kind == "edit"
     if edit:  # the user's own text stands for the better response
-        responses.insert(0, Response(row.feedback_id, row.edit_sha256))
+        a, b = Response(row.feedback_id, row.edit_sha256), a
     vote = Vote(
-        feedback_id=row.feedback_id,
-        rater=RaterId(row.tenant, row.user_id),
-        prompt_id=row.prompt_id,
-        choice=Choice(row.choice),
-        a=responses[0],
-        b=responses[1] if len(responses) > 1 else None,
-        received_at=row.received_at,
-        prompt_sha256=row.prompt_sha256 or b"",
-        edit=edit,
-        gold=None if row.chosen is None else Choice.A if row.chosen == responses[0].generation_id else Choice.B,
-        user_rank=row.user_rank,
-        tenant_rank=row.tenant_rank,
+        row.feedback_id,
+        RaterId(row.tenant, row.user_id),
+        row.prompt_id,
+        _CHOICES[row.choice],
+        a,
+        row.received_at,
+        b,
+        row.prompt_sha256 or b"",
+        edit,
+        None if row.gold is None else Choice.A if row.gold == a.generation_id else Choice.B,
+        row.user_rank,
+        row.tenant_rank,
     )
     return Standing(
         vote,
@@ -194,9 +216,5 @@ def _standing(row: Any, responses: list[Response]) -> Standing:
         row.weight,
         row.comparison_id or "",
         row.superseded_by or "",
-        row.released,
+        bool(row.released),
     )
-
-
-def _response(row: Row[Any], learn_from_cut: bool) -> Response:
-    return Response(row.generation_id, row.text_sha256, row.empty, row.cut and not learn_from_cut, row.version)

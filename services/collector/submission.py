@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -28,6 +29,8 @@ MAX_ID_CHARACTERS = 128
 MAX_ASPECT_CHARACTERS = 64
 MAX_ASPECTS = 16
 MAX_DWELL_SECONDS = 86_400.0
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_NONE = Receipt()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +103,7 @@ class Checker:
         return Submission(tenant, feedback, body, hashlib.sha256(body).digest(), kind, claims, consent)
 
     def _verified(self, receipt: Receipt, field: str, tenant: str) -> ReceiptClaims:
-        if receipt == Receipt():
+        if receipt == _NONE:
             raise errors.InvalidArgument(
                 "is missing.", field=field, remedy="Hand back the receipt that came with the response."
             )
@@ -150,7 +153,7 @@ def check_id(value: str, field: str) -> None:
         raise errors.InvalidArgument(
             f"has {len(value)} characters.", field=field, remedy=f"Send 1 to {MAX_ID_CHARACTERS}."
         )
-    if any(ord(character) < 32 or ord(character) == 127 for character in value):
+    if _CONTROL.search(value):
         raise errors.InvalidArgument("holds control characters.", field=field, remedy="Leave them out.")
 
 
