@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import sqlite3
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from thumbwheel.stream.kafka_client import MAX_MESSAGE_BYTES, client, kafka
 from thumbwheel.v1.preference_pb2 import SubmitFeedbackRequest
 
 ECHO = "/echo.Echo/Echo"
-TABLES = ("feedback", "feedback_generations", "outbox")
+TABLES = ("feedback", "feedback_generations", "decisions", "decision_votes", "outbox")
 
 Rows = dict[str, list[tuple[Any, ...]]]
 
@@ -46,16 +47,18 @@ class Group(NamedTuple):
     """What one commit holds: rows by table."""
 
     rows: Rows
-    submissions: int
 
 
 def groups(rows: Rows, size: int) -> Iterator[Group]:
-    """The rows in commits of `size` submissions each."""
-    count = len(rows["feedback"])
-    for start in range(0, count, size):
-        end = min(start + size, count)
-        part = {table: held[len(held) * start // count : len(held) * end // count] for table, held in rows.items()}
-        yield Group(part, end - start)
+    """The rows, each behind its feedback, in commits of `size` submissions each; those of the outbox in proportion."""
+    ids = [row[0] for row in rows["feedback"]]
+    keys = {table: [row[0] for row in rows[table]] for table in TABLES if table != "outbox"}
+    events = len(rows["outbox"])
+    for start in range(0, len(ids), size):
+        end = min(start + size, len(ids))
+        ends = {table: (bisect_left(of, ids[start]), bisect_right(of, ids[end - 1])) for table, of in keys.items()}
+        ends["outbox"] = events * start // len(ids), events * end // len(ids)
+        yield Group({table: [row[1:] for row in rows[table][low:high]] for table, (low, high) in ends.items()})
 
 
 class Plain:

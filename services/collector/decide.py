@@ -267,8 +267,10 @@ def _accept(
 ) -> list[_Grouped]:
     bodies = _votes(connection, come, fresh)
     wanted = {id for sample in come for id in (sample.chosen, sample.rejected) if id}
-    found = connection.execute(_EVENTS, {"of_ids": list(wanted)})
-    known = {id: GenerationEvent.FromString(data) for id, data in found}
+    read = {id: event for one in fresh.values() for id, event in one.events.items() if id in wanted}
+    if others := wanted - read.keys():
+        read |= {row.generation_id: row.event for row in connection.execute(_EVENTS, {"of_ids": list(others)})}
+    known = {id: GenerationEvent.FromString(event) for id, event in read.items()}
     again = [sample.id for sample in come if sample.id in revisions]
     if again:
         connection.execute(delete(decision_votes).where(decision_votes.c.sample_id.in_(again)))
@@ -304,8 +306,8 @@ def _votes(connection: Connection, come: Iterable[Sample], fresh: Mapping[str, F
     ids = {id for sample in come for id in sample.votes}
     voted = {}
     for id in ids & fresh.keys():
-        values, body, _, _ = fresh[id]
-        voted[id] = Voted(body, values["kind"], values["received_at"], values["propensity"])
+        values = fresh[id].values
+        voted[id] = Voted(fresh[id].body, values["kind"], values["received_at"], values["propensity"])
     if older := ids - fresh.keys():
         for row in connection.execute(_FEEDBACK, {"of_ids": list(older)}):
             voted[row.feedback_id] = Voted(Feedback.FromString(row.body), row.kind, row.received_at, row.propensity)

@@ -22,7 +22,6 @@ MAX_INDEXED = 100_000
 
 
 _GROUPS = "SELECT prompt_id, group_id FROM prompts WHERE tenant = :tenant AND prompt_id IN (:many)"
-_EVENTS = "SELECT generation_id, event FROM generations WHERE generation_id IN (:many)"
 # By prompt alone: given the tenant too, SQLite reads everything of that tenant.
 _ANSWERS = "SELECT tenant, prompt_id, event FROM generations WHERE prompt_id IN (:many)"
 _SINCE = (
@@ -41,9 +40,9 @@ class Groups:
         # What the index calls a group, where the database knows it by an older prompt that is not indexed.
         self._names: dict[tuple[str, str], str] = {}
 
-    def of(self, connection: Connection, tenant: str, answered: Mapping[str, str]) -> dict[str, str]:
-        """The groups of prompts, by prompt id; notes those that are new. `answered` has of each the id of a generation
-        that answers it and has arrived.
+    def of(self, connection: Connection, tenant: str, answered: Mapping[str, bytes]) -> dict[str, str]:
+        """The groups of prompts, by prompt id; notes those that are new. `answered` has of each the event of a
+        generation that answers it.
         """
         if not answered:
             return {}
@@ -53,10 +52,9 @@ class Groups:
         if not new:
             return found
         self._follow(connection)
-        events = dict(map(tuple, many.find(connection, _EVENTS, [answered[prompt_id] for prompt_id in new])))
         values = []
         for prompt_id in new:
-            text = text_of(GenerationEvent.FromString(events[answered[prompt_id]]).prompt)
+            text = text_of(GenerationEvent.FromString(answered[prompt_id]).prompt)
             group = self._index.add(tenant, prompt_id, text)
             found[prompt_id] = self._names.get((tenant, group), group)
             values.append({"tenant": tenant, "prompt_id": prompt_id, "group_id": found[prompt_id]})

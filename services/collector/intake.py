@@ -153,7 +153,7 @@ def _record(connection: Connection, curator: Curator, tenant: str, pieces: Seque
     known = arrived(connection, {claims.generation_id for one in submissions for claims in one.claims})
     joined = [join(one, known) for one in submissions]
     teaching = [one for one, how in zip(submissions, joined, strict=True) if how is not None and how.teaches]
-    groups = groups_of(connection, curator, tenant, teaching)
+    groups = groups_of(connection, curator, tenant, teaching, known)
     came = [(one.feedback.user_id, piece.arrival.micros) for one, piece in zip(submissions, pieces, strict=True)]
     ranks = tallies.count(connection, tenant, came)
     samples = _samples(connection, tenant, pieces)
@@ -166,7 +166,8 @@ def _record(connection: Connection, curator: Curator, tenant: str, pieces: Seque
             values |= {"joined": "", "group_id": groups[piece.submission.prompt_id]}
             seen = [known[claims.generation_id] for claims in piece.submission.claims]
             judged = standing.fresh(values, seen, gold.get(values["item"]), curator.rules.learn_from_cut)
-            fresh.append(Fresh(values, piece.submission.feedback, judged, piece.traceparent))
+            events = {one.generation_id: one.event for one in seen}
+            fresh.append(Fresh(values, piece.submission.feedback, judged, piece.traceparent, events))
         else:
             if how is not None:
                 values |= {"state": records.name_of(how.state), "reason": how.reason, "joined": how.reason}
@@ -259,10 +260,15 @@ def _samples(connection: Connection, tenant: str, pieces: Sequence[_Piece]) -> l
 
 
 def groups_of(
-    connection: Connection, curator: Curator, tenant: str, submissions: Sequence[Submission]
+    connection: Connection,
+    curator: Curator,
+    tenant: str,
+    submissions: Sequence[Submission],
+    known: Mapping[str, Arrived],
 ) -> dict[str, str]:
-    """The groups of the submissions' prompts, by prompt id. Their generations have arrived."""
-    return curator.groups.of(connection, tenant, {one.prompt_id: one.claims[0].generation_id for one in submissions})
+    """The groups of the submissions' prompts, by prompt id. `known` has their generations."""
+    answered = {one.prompt_id: known[one.claims[0].generation_id].event for one in submissions}
+    return curator.groups.of(connection, tenant, answered)
 
 
 def arrived(connection: Connection, ids: Collection[str]) -> Mapping[str, Arrived]:

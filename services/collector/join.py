@@ -32,6 +32,8 @@ class Arrived(NamedTuple):
     empty: bool = False
     cut: bool = False
     version: str = ""
+    event: bytes = b""
+    """The GenerationEvent."""
 
 
 class Joined(NamedTuple):

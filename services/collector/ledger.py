@@ -9,7 +9,7 @@ is and an event id of its own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select, update
@@ -17,7 +17,7 @@ from sqlalchemy import Connection, Row, insert, select, update
 from services.collector import intake, outbox, records
 from services.collector.decide import decide
 from services.collector.intake import Curator
-from services.collector.join import Joined, join
+from services.collector.join import Arrived, Joined, join
 from services.collector.records import Recorded
 from services.collector.submission import Submission, receipts_of
 from services.collector.tables import feedback, feedback_generations, generations, held
@@ -107,7 +107,7 @@ def _join_held(connection: Connection, curator: Curator, generation_ids: Sequenc
     wanted = {claims.generation_id for _, submission in submissions for claims in submission.claims}
     known = intake.arrived(connection, wanted)
     ready = [(id, submission, join(submission, known)) for id, submission in submissions]
-    return _settle(connection, curator, [(id, one, joined) for id, one, joined in ready if joined is not None])
+    return _settle(connection, curator, [(id, one, joined) for id, one, joined in ready if joined is not None], known)
 
 
 def _traceparents(connection: Connection, ready: Sequence[tuple[str, Submission, Joined]]) -> dict[str, str]:
@@ -121,7 +121,10 @@ def _traceparents(connection: Connection, ready: Sequence[tuple[str, Submission,
 
 
 def _settle(
-    connection: Connection, curator: Curator, ready: Sequence[tuple[str, Submission, Joined]]
+    connection: Connection,
+    curator: Curator,
+    ready: Sequence[tuple[str, Submission, Joined]],
+    known: Mapping[str, Arrived],
 ) -> list[Recorded]:
     """Feedback whose generations are there: what may teach is curated, the rest told of as it is."""
     teaching: dict[tuple[str, str], list[str]] = {}
@@ -130,7 +133,9 @@ def _settle(
     for _, submission, joined in ready:
         if joined.teaches:
             prompts.setdefault(submission.tenant, []).append(submission)
-    groups = {tenant: intake.groups_of(connection, curator, tenant, of_one) for tenant, of_one in prompts.items()}
+    groups = {
+        tenant: intake.groups_of(connection, curator, tenant, of_one, known) for tenant, of_one in prompts.items()
+    }
     for id, submission, joined in ready:
         if joined.teaches:
             group = groups[submission.tenant][submission.prompt_id]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, select, text
@@ -52,6 +52,8 @@ class Fresh(NamedTuple):
     body: Feedback
     standing: Standing
     traceparent: str
+    events: Mapping[str, bytes]
+    """Of the generations that it is about, by id."""
 
 
 class _Judged(NamedTuple):
