@@ -65,7 +65,7 @@ async def test_a_client_says_of_everything_whether_its_users_agree(
 ) -> None:
     pair = deployment.pair()
     await parts.store(database, *pair)
-    async with AsyncClient(collector=address, consent=False) as client:
+    async with AsyncClient(collector=address, control=address, consent=False) as client:
         ids = [(await client.compare(pair[0].generation, pair[1].generation, "a", user_id="ann")).feedback_id]
         said = parts.thumb(pair[0], user="bob")
         said.consent = True
