@@ -10,6 +10,7 @@ Whatever is refused has written nothing, so that the others of its commit stand.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -75,11 +76,11 @@ class _Piece:
 
     @property
     def marks(self) -> list[tuple[Any, ...]]:
-        """What no two pieces that are recorded together may have in common: a key, or a user's item."""
-        tenant, body = self.submission.tenant, self.submission.feedback
-        marks: list[tuple[Any, ...]] = [("key", tenant, body.idempotency_key)]
+        """What no two pieces of a tenant may have in common that are recorded together: a key, or a user's item."""
+        body = self.submission.feedback
+        marks: list[tuple[Any, ...]] = [("key", body.idempotency_key)]
         if self.judgement is not None:
-            marks.append(("item", tenant, body.user_id, self.judgement.item))
+            marks.append(("item", body.user_id, self.judgement.item))
         return marks
 
 
@@ -91,19 +92,19 @@ def submit(connection: Connection, incoming: Sequence[Incoming], curator: Curato
     tenant does not have, `errors.FailedPrecondition` where the user, or what it is about, was forgotten.
     """
     pieces = [_Piece(one) for one in incoming]
-    waiting = pieces
-    while waiting:
-        tenant = waiting[0].submission.tenant
-        now: list[_Piece] = []
-        later: list[_Piece] = []
+    by_tenant: dict[str, list[_Piece]] = defaultdict(list)
+    for piece in pieces:
+        by_tenant[piece.submission.tenant].append(piece)
+    for tenant, of_tenant in by_tenant.items():
+        together: list[_Piece] = []
         seen: set[tuple[Any, ...]] = set()
-        for piece in waiting:
-            marks = piece.marks
-            together = piece.submission.tenant == tenant and seen.isdisjoint(marks)
-            (now if together else later).append(piece)
-            seen.update(marks)
-        _submit(connection, curator, tenant, now)
-        waiting = later
+        for piece in of_tenant:
+            if not seen.isdisjoint(piece.marks):  # it is to see the other one written down
+                _submit(connection, curator, tenant, together)
+                together, seen = [], set()
+            together.append(piece)
+            seen.update(piece.marks)
+        _submit(connection, curator, tenant, together)
     results = [piece.result for piece in pieces]
     assert None not in results, "each piece has a result"
     return results  # type: ignore[return-value]  # as was just asserted
