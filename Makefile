@@ -124,3 +124,7 @@ faults-collector: setup ## Kill the collector, its broker and its database under
 	@$(BIN)/python -m tests.faults.disk slow-sqlite
 	@$(BIN)/python -m tests.faults.disk slow-postgres
 	@$(BIN)/python -m tests.faults.collector $(ARGS)
+
+.PHONY: check-hh
+check-hh: setup ## Take in DATA, a file of HH-RLHF pairs, and have TRL train on what is exported
+	@$(BIN)/python -m tests.integration.collector.hh_pairs $(DATA)
