@@ -36,6 +36,8 @@ class Service(PolicyServiceServicer):
 
     async def GenerateCandidates(self, request: Any, context: Any) -> Any: ...
 
+    async def ForgetGenerations(self, request: Any, context: Any) -> Any: ...
+
     async def GenerateBulk(
         self, request_iterator: AsyncIterator[pb.GenerateBulkRequest], context: Any
     ) -> AsyncIterator[pb.GenerateBulkResponse]:

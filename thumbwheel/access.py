@@ -29,6 +29,7 @@ _SCOPES: dict[str, Scope] = {
 }
 CONTROL_METHODS: dict[str, Scope] = {
     "/thumbwheel.v1.PreferenceService/Forget": "control",
+    "/thumbwheel.v1.PolicyService/ForgetGenerations": "control",
     "/thumbwheel.v1.RolloutService/Promote": "admin",
     "/thumbwheel.v1.RolloutService/Rollback": "admin",
 }

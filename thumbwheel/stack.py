@@ -231,7 +231,7 @@ class Stack:
             await self._prepare_versions(common)
             self._progress("starting collector, policy, reward and trainer")
             asking = ["--reward", at.reward]  # what it is unsure of is what people are asked
-            asking += ["--control-listen", at.control]
+            asking += ["--control-listen", at.control, "--policies", at.policy]
             await self._spawn("collector", ["-m", "services.collector", *asking, *where("collector", at.collector)])
             await self._spawn("policy", ["-m", "services.policy", *where("policy", at.policy)])
             await self._spawn("reward", ["-m", "services.reward", *where("reward", at.reward)])

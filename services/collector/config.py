@@ -48,6 +48,10 @@ class CollectorSettings(ServerSettings):
     reward: str = ""
     """Address of the reward service, which NextComparison asks what it is unsure of; empty: it is not asked."""
 
+    policies: str = ""
+    """Addresses of all policy servers, "host:port", separated by commas: Forget erases what they still keep on their
+    disks. Empty: none are asked."""
+
     pick_random_share: float = Field(default=0.2, gt=0, le=1)
     """Share of NextComparison's picks that are made by chance alone, for unbiased measurement."""
 

@@ -27,6 +27,7 @@ from services.collector.pause import RETRIED
 from services.collector.rights import tombstones
 from services.collector.rules import Rules
 from services.collector.tables import feedback, raters
+from thumbwheel.forgotten import user_hash
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def assessed(connection: Connection, rules: Rules) -> dict[RaterId, Rater]:
 
 def put(connection: Connection, changed: Mapping[RaterId, Rater]) -> None:
     """Writes these standings down, but those of users who were forgotten while they were assessed."""
-    hashes = {who: tombstones.user_hash(*who) for who in changed}
+    hashes = {who: user_hash(*who) for who in changed}
     gone = tombstones.present(connection, list(hashes.values()))
     for who, rater in changed.items():
         if hashes[who] in gone:

@@ -25,6 +25,7 @@ from services.collector.records import Recorded
 from services.collector.relay import Relay
 from services.collector.rights.eraser import Eraser
 from services.collector.rights.redaction import Redaction
+from services.collector.rights.spools import Spools
 from services.collector.rights.tenants import Tenants
 from services.collector.submission import Checker, check_id
 from thumbwheel import errors, serving, tracing
@@ -275,13 +276,14 @@ async def collect(settings: CollectorSettings) -> None:
     checker = Checker(ReceiptKey.load(settings.keys_path), settings.max_text_bytes, tenants)
     redaction = Redaction(tenants)
     curator = Curator(settings.rules)
+    spools = Spools.of(settings)
     log = open_log(settings.bootstrap_servers, settings.kafka_tls)
     try:
         async with opened(settings) as database, reward_service(settings) as (reward, metadata):
             relay = Relay(database, log, settings, redaction)
             ingest = Ingest(database, log, settings, curator, relay.wake, tenants)
             assessor = Assessor(database, settings.rules, settings.assess_seconds, relay.wake)
-            eraser = Eraser(database, settings, tenants, relay.wake)
+            eraser = Eraser(database, settings, tenants, relay.wake, spools)
             asking = Asking(database, reward, metadata, settings.shares, settings.pick_window)
             preferences = Preferences(database, checker, curator, asking, eraser, relay.wake)
             await serving.serve(

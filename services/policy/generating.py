@@ -60,7 +60,7 @@ class Generating:
         self, *, engine: Engine, encoder: PromptEncoder, recorder: Recorder, key: ReceiptKey, limits: Limits
     ) -> None:
         self.engine, self.limits = engine, limits
-        self._encoder, self._recorder, self._key = encoder, recorder, key
+        self._encoder, self.recorder, self._key = encoder, recorder, key
 
     def check(
         self,
@@ -221,7 +221,7 @@ class Generating:
         )
         for name in ("top_logprobs", "prompt_logprobs", "prompt_top_logprobs"):
             event.generation.ClearField(name)
-        self._recorder.record(event)
+        self.recorder.record(event)
 
 
 def _logprobs(completion: Any, top: int) -> tuple[Sequence[float], Sequence[pb.TokenLogprobs]]:

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent import futures
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from services.policy.spool import Entry, Row, Spool
 from thumbwheel import errors, tracing
+from thumbwheel.forgotten import is_forgotten
 from thumbwheel.stream import topics
 from thumbwheel.stream.log import Headers, Log, LossDetector, Position, Producer
 from thumbwheel.v1.events_pb2 import GenerationEvent
@@ -106,6 +107,21 @@ class Recorder:
             except errors.ThumbwheelError as error:
                 logger.warning("generation events stay on disk: %s", error)
 
+    async def forget(self, hashes: Container[bytes]) -> int:
+        """Erases events that are `forgotten.is_forgotten`, wherever they are kept here. Returns how many.
+
+        Raises `errors.NoSpace` and `errors.Unavailable`.
+        """
+        kept = [one for one in self._memory if not is_forgotten(one[0], hashes)]
+        erased = len(self._memory) - len(kept)
+        self._memory = deque(kept)
+        # After what is being written now: one thread writes.
+        erased += await self._on_disk(
+            lambda: self._spool.erase(lambda value: is_forgotten(GenerationEvent.FromString(value), hashes))
+        )
+        self._levels()
+        return erased
+
     async def flush(self, *, timeout: float) -> None:
         """Waits until the broker has everything. What it does not have in time stays on disk for the next start.
 
@@ -164,8 +180,12 @@ class Recorder:
     async def _publish(self, rows: Sequence[Row]) -> None:
         """Sends rows and notes how far the broker has all. Raises the first fault that may pass."""
         done, lost, fault = 0, False, None
-        for row, result in zip(rows, await self._sent(rows), strict=True):
-            if isinstance(result, Position):
+        sent = iter(await self._sent([row for row in rows if row.value]))
+        for row in rows:
+            result = next(sent) if row.value else None
+            if result is None:
+                pass  # it was erased while it waited
+            elif isinstance(result, Position):
                 lost |= self._detector.acked(result)
                 RECORDED.labels("acked").inc()
             elif isinstance(result, errors.InvalidArgument):

@@ -104,6 +104,12 @@ class PolicyService(PolicyServiceServicer):
         async for response in self._bulk.serve(request_iterator, tenant=serving.tenant(context)):
             yield response
 
+    async def ForgetGenerations(
+        self, request: pb.ForgetGenerationsRequest, context: Context
+    ) -> pb.ForgetGenerationsResponse:
+        """Returns when nothing of them is left in a file of this server."""
+        return pb.ForgetGenerationsResponse(erased=await self._generating.recorder.forget(set(request.hashes)))
+
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: Context) -> pb.GetPolicyResponse:
         """What is live here, and since when."""
         engine, limits = self._generating.engine, self._generating.limits

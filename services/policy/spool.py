@@ -15,9 +15,9 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from thumbwheel import errors, files
 
@@ -34,6 +34,10 @@ CREATE TABLE IF NOT EXISTS state (name TEXT PRIMARY KEY, value TEXT NOT NULL) WI
 _FORMAT = 1
 _OVERHEAD_BYTES = 64  # of a row, beside its value; measured to within a few bytes
 _DROP_BATCH = 256
+
+
+Doomed: TypeAlias = Callable[[bytes], bool]
+"""Whether an event, serialised, is to be erased."""
 
 
 class Entry(NamedTuple):
@@ -127,6 +131,25 @@ class Spool:
         """The broker lost what it held: everything held waits again. Returns how much that is."""
         self._save_acked(0)
         return self.waiting
+
+    def erase(self, doomed: Doomed) -> int:
+        """Erases events by what they hold, so that nothing of them is left in the file. Returns how many.
+
+        Their places stay, with nothing in them: ids rise by one without a gap.
+        """
+        with self._faults():
+            rows = self._connection.execute("SELECT id, key, value FROM events WHERE length(value) > 0")
+            gone = [(id, len(key) + len(value)) for id, key, value in rows if doomed(value)]
+            if not gone:
+                return 0
+            with self._connection:
+                empty = "UPDATE events SET key = x'', value = x'', traceparent = '' WHERE id = ?"
+                self._connection.executemany(empty, [(id,) for id, _ in gone])
+            self._bytes -= sum(size for _, size in gone)
+            # What was deleted is in free pages and in the log until both are written anew.
+            for statement in ("PRAGMA wal_checkpoint(TRUNCATE)", "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
+                self._connection.execute(statement).fetchall()
+        return len(gone)
 
     @property
     def topic_ids(self) -> dict[str, str]:

@@ -1139,3 +1139,51 @@ class Swap(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Swap: _TypeAlias = Swap  # noqa: Y015
+
+@_typing.final
+class ForgetGenerationsRequest(_message.Message):
+    """Request of ForgetGenerations. Names are hashed, as whoever forgets does not keep them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HASHES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """SHA-256 of users, whose generations go, and of prompts, whose generations go that name no user; each of a kind, a
+        tenant and a name, as `thumbwheel.forgotten` makes them.
+        """
+
+    def __init__(
+        self,
+        *,
+        hashes: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hashes", b"hashes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForgetGenerationsRequest: _TypeAlias = ForgetGenerationsRequest  # noqa: Y015
+
+@_typing.final
+class ForgetGenerationsResponse(_message.Message):
+    """Response of ForgetGenerations: sent when nothing of them is left in the server's files."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ERASED_FIELD_NUMBER: _builtins.int
+    erased: _builtins.int
+    """How many were erased."""
+    def __init__(
+        self,
+        *,
+        erased: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["erased", b"erased"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForgetGenerationsResponse: _TypeAlias = ForgetGenerationsResponse  # noqa: Y015

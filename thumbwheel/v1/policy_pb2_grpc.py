@@ -60,6 +60,11 @@ class PolicyServiceStub:
                 request_serializer=thumbwheel_dot_v1_dot_policy__pb2.GetPolicyRequest.SerializeToString,
                 response_deserializer=thumbwheel_dot_v1_dot_policy__pb2.GetPolicyResponse.FromString,
                 _registered_method=True)
+        self.ForgetGenerations = channel.unary_unary(
+                '/thumbwheel.v1.PolicyService/ForgetGenerations',
+                request_serializer=thumbwheel_dot_v1_dot_policy__pb2.ForgetGenerationsRequest.SerializeToString,
+                response_deserializer=thumbwheel_dot_v1_dot_policy__pb2.ForgetGenerationsResponse.FromString,
+                _registered_method=True)
 
 
 class PolicyServiceServicer:
@@ -102,6 +107,14 @@ class PolicyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForgetGenerations(self, request, context):
+        """Erases generations that this server still keeps on its disk, on their way to the stream. Of the control plane: the
+        collector calls it where a user is forgotten.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PolicyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +142,11 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     servicer.GetPolicy,
                     request_deserializer=thumbwheel_dot_v1_dot_policy__pb2.GetPolicyRequest.FromString,
                     response_serializer=thumbwheel_dot_v1_dot_policy__pb2.GetPolicyResponse.SerializeToString,
+            ),
+            'ForgetGenerations': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetGenerations,
+                    request_deserializer=thumbwheel_dot_v1_dot_policy__pb2.ForgetGenerationsRequest.FromString,
+                    response_serializer=thumbwheel_dot_v1_dot_policy__pb2.ForgetGenerationsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -267,6 +285,33 @@ class PolicyService:
             '/thumbwheel.v1.PolicyService/GetPolicy',
             thumbwheel_dot_v1_dot_policy__pb2.GetPolicyRequest.SerializeToString,
             thumbwheel_dot_v1_dot_policy__pb2.GetPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetGenerations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/thumbwheel.v1.PolicyService/ForgetGenerations',
+            thumbwheel_dot_v1_dot_policy__pb2.ForgetGenerationsRequest.SerializeToString,
+            thumbwheel_dot_v1_dot_policy__pb2.ForgetGenerationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,10 @@ class PolicyServiceStub:
     """
     GetPolicy: _grpc.UnaryUnaryMultiCallable[_policy_pb2.GetPolicyRequest, _policy_pb2.GetPolicyResponse]
     """Says which policy version is live, its limits, and which versions this server has served."""
+    ForgetGenerations: _grpc.UnaryUnaryMultiCallable[_policy_pb2.ForgetGenerationsRequest, _policy_pb2.ForgetGenerationsResponse]
+    """Erases generations that this server still keeps on its disk, on their way to the stream. Of the control plane: the
+    collector calls it where a user is forgotten.
+    """
 
 @_typing.type_check_only
 class PolicyServiceAsyncStub(PolicyServiceStub):
@@ -63,6 +67,10 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     """
     GetPolicy: _aio.UnaryUnaryMultiCallable[_policy_pb2.GetPolicyRequest, _policy_pb2.GetPolicyResponse]  # type: ignore[assignment]
     """Says which policy version is live, its limits, and which versions this server has served."""
+    ForgetGenerations: _aio.UnaryUnaryMultiCallable[_policy_pb2.ForgetGenerationsRequest, _policy_pb2.ForgetGenerationsResponse]  # type: ignore[assignment]
+    """Erases generations that this server still keeps on its disk, on their way to the stream. Of the control plane: the
+    collector calls it where a user is forgotten.
+    """
 
 class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     """Data plane of the policy model. Produces text; records every generation on the `generations` topic."""
@@ -108,5 +116,15 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_policy_pb2.GetPolicyResponse, _abc.Awaitable[_policy_pb2.GetPolicyResponse]]:
         """Says which policy version is live, its limits, and which versions this server has served."""
+
+    @_abc_1.abstractmethod
+    def ForgetGenerations(
+        self,
+        request: _policy_pb2.ForgetGenerationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_pb2.ForgetGenerationsResponse, _abc.Awaitable[_policy_pb2.ForgetGenerationsResponse]]:
+        """Erases generations that this server still keeps on its disk, on their way to the stream. Of the control plane: the
+        collector calls it where a user is forgotten.
+        """
 
 def add_PolicyServiceServicer_to_server(servicer: PolicyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -795,7 +795,8 @@ Global___ForgetRequest: _TypeAlias = ForgetRequest  # noqa: Y015
 
 @_typing.final
 class ForgetResponse(_message.Message):
-    """Response of Forget: sent when nothing of the user is left in any file of the collector. Asked again, it says the same,
+    """Response of Forget: sent when nothing of the user is left in any file of the collector or of a policy server it was told
+    of. Asked again, it says the same,
     with the versions that came to light since.
     """
 

@@ -1,6 +1,7 @@
 """The background task that finishes erasures and erases what is too old.
 
-Forget ──▶ erased in the database ──▶ wake ──▶ 1. exported files  2. vacuum  3. the erasure is finished ──▶ answer
+Forget ──▶ erased in the database ──▶ wake ──▶ 1. exported files  2. what policy servers keep of it  3. vacuum
+                                               4. the erasure is finished ──▶ answer
 every hour ──▶ content past its tenant's retention, by the same code
 
 An erasure that a crash interrupts is finished at the next start: its row says so.
@@ -24,9 +25,11 @@ from services.collector.outbox import now_micros
 from services.collector.pause import RETRIED, Pause
 from services.collector.rights import copies, erasure, tombstones
 from services.collector.rights.lineage import versions_that_learnt
+from services.collector.rights.spools import Spools
 from services.collector.rights.tenants import Tenants
 from services.collector.rights.vacuum import vacuum
 from thumbwheel import errors
+from thumbwheel.forgotten import user_hash
 from thumbwheel.v1.preference_pb2 import ForgetResponse
 
 logger = logging.getLogger(__name__)
@@ -39,12 +42,18 @@ class Eraser:
     """Forgets users and enforces retention. `committed` is called after each commit that is to be published."""
 
     def __init__(
-        self, database: Database, settings: CollectorSettings, tenants: Tenants, committed: Callable[[], None]
+        self,
+        database: Database,
+        settings: CollectorSettings,
+        tenants: Tenants,
+        committed: Callable[[], None],
+        spools: Spools | None = None,
     ) -> None:
         self._database = database
         self._settings = settings
         self._tenants = tenants
         self._committed = committed
+        self._spools = spools or Spools()
         self._wake = asyncio.Event()
         self._finished = asyncio.Condition()
         self._pause = Pause(settings.max_backoff_seconds)
@@ -56,10 +65,12 @@ class Eraser:
         Raises what `Database.write` raises. A caller who gives up waiting changes nothing: it is finished all the same,
         and asking again tells what came of it.
         """
-        await self._database.write(partial(erasure.forget, rules=self._settings.rules, tenant=tenant, user_id=user_id))
+        elsewhere = bool(self._spools.addresses)
+        work = partial(erasure.forget, rules=self._settings.rules, tenant=tenant, user_id=user_id, elsewhere=elsewhere)
+        await self._database.write(work)
         self._committed()
         self._wake.set()
-        is_finished = partial(_is_finished, subject=tombstones.user_hash(tenant, user_id))
+        is_finished = partial(_is_finished, subject=user_hash(tenant, user_id))
         try:
             async with asyncio.timeout(self._settings.erase_timeout_seconds), self._finished:
                 while not await self._database.read(is_finished):
@@ -112,9 +123,11 @@ class Eraser:
             scrubbed = await asyncio.to_thread(copies.scrub_all, exports, samples)  # 1
             await self._database.write(partial(_note, erasure_id=erasure_id, scrubbed=scrubbed))
         if pending:
-            await self._database.maintain(partial(vacuum, dialect=self._database.dialect))  # 2
             ids = [erasure_id for erasure_id, _ in pending]
-            await self._database.write(partial(_mark, erasure_ids=ids))  # 3
+            hashes = await self._database.read(partial(tombstones.of_erasures, erasure_ids=ids))
+            await self._spools.erase(hashes)  # 2
+            await self._database.maintain(partial(vacuum, dialect=self._database.dialect))  # 3
+            await self._database.write(partial(_mark, erasure_ids=ids))  # 4
             metrics.ERASURES.inc(len(ids))
             logger.info("erased", extra={"erasures": ids})
         # Also where there was nothing to do: another collector on this database may have done it.
@@ -122,7 +135,7 @@ class Eraser:
             self._finished.notify_all()
 
     async def _report(self, tenant: str, user_id: str) -> ForgetResponse:
-        subject = tombstones.user_hash(tenant, user_id)
+        subject = user_hash(tenant, user_id)
         response, ids = await self._database.read(partial(_totals, subject=subject))
         samples = await self._database.read(partial(_samples, erasure_ids=ids))
         learnt = await asyncio.to_thread(

@@ -25,7 +25,6 @@ from services.collector.emit import COMPARISON, THUMB, SampleEvent, retracted
 from services.collector.many import PAGE
 from services.collector.outbox import now_micros
 from services.collector.rights import tombstones
-from services.collector.rights.tombstones import prompt_hash, user_hash
 from services.collector.rules import Rules
 from services.collector.tables import (
     decision_votes,
@@ -41,6 +40,7 @@ from services.collector.tables import (
     tallies,
 )
 from services.collector.tables import outbox as events
+from thumbwheel.forgotten import prompt_hash, user_hash
 from thumbwheel.stream import topics
 from thumbwheel.v1.events_pb2 import ComparisonEvent, DeadLetter, FeedbackEvent, GenerationEvent, ThumbEvent
 from thumbwheel.v1.preference_pb2 import FeedbackRecord, FeedbackState
@@ -68,11 +68,11 @@ class Content:
         return bool(self.feedback or self.generations)
 
 
-def forget(connection: Connection, rules: Rules, tenant: str, user_id: str) -> str:
+def forget(connection: Connection, rules: Rules, tenant: str, user_id: str, *, elsewhere: bool = False) -> str:
     """Erases all of a user: feedback, the generations they asked for, and what anyone said of those.
 
     Generations that name no user count as theirs where they alone judged them. Returns the erasure's id. Again, it
-    erases what has come since, which is nothing.
+    erases what has come since, which is nothing. `elsewhere`: policy servers may have generations that never came here.
     """
     erasure_id = str(uuid7())
     theirs = Content()
@@ -86,14 +86,16 @@ def forget(connection: Connection, rules: Rules, tenant: str, user_id: str) -> s
     # Those whose responses have not arrived: they may come without a user's name.
     awaited = [prompt for prompt in judged if prompt not in _with_generations(connection, tenant, judged)]
     gone = {*awaited, *theirs.generations.values()}
-    _begin(connection, erasure_id, tenant, user_hash(tenant, user_id))
+    subject = user_hash(tenant, user_id)
+    again = connection.execute(select(erasures.c.erasure_id).where(erasures.c.subject == subject).limit(1)).first()
+    _begin(connection, erasure_id, tenant, subject)
     letters = _erase_dead_letters(connection, tenant, user_id)
     hashes = [user_hash(tenant, user_id), *(prompt_hash(tenant, prompt) for prompt in sorted(gone))]
     tombstones.bury(connection, hashes, erasure_id)
     for table in (raters, shown, tallies):
         connection.execute(delete(table).where(table.c.tenant == tenant, table.c.user_id == user_id))
     _erase(connection, rules, erasure_id, tenant, theirs, FORGOTTEN)
-    if not theirs and not letters:
+    if not theirs and not letters and (again or not elsewhere):
         connection.execute(update(erasures).where(erasures.c.erasure_id == erasure_id).values(finished_at=now_micros()))
     return erasure_id
 

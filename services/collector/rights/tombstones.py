@@ -5,7 +5,6 @@ A record that is read again from the stream, or comes late, is dropped when it i
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 
 from sqlalchemy import Connection, insert, select
@@ -14,19 +13,10 @@ from services.collector import many
 from services.collector.submission import Submission
 from services.collector.tables import generations, tombstones
 from thumbwheel import errors
+from thumbwheel.forgotten import is_forgotten, prompt_hash, user_hash
 from thumbwheel.v1.events_pb2 import GenerationEvent
 
 _PRESENT = "SELECT hash FROM tombstones WHERE hash IN (:many)"
-
-
-def user_hash(tenant: str, user_id: str) -> bytes:
-    """SHA-256 of a user: 32 bytes."""
-    return _hash("user", tenant, user_id)
-
-
-def prompt_hash(tenant: str, prompt_id: str) -> bytes:
-    """SHA-256 of a prompt's id: 32 bytes."""
-    return _hash("prompt", tenant, prompt_id)
 
 
 def bury(connection: Connection, hashes: Iterable[bytes], erasure_id: str) -> None:
@@ -48,11 +38,13 @@ def admitted(connection: Connection, events: Sequence[GenerationEvent]) -> list[
     users = [user_hash(event.tenant, event.user_id) for event in events]
     prompts = [prompt_hash(event.tenant, event.generation.prompt_id) for event in events]
     there = present(connection, [*dict.fromkeys((*users, *prompts))])
-    return [
-        event
-        for event, user, prompt in zip(events, users, prompts, strict=True)
-        if user not in there and not (prompt in there and not event.user_id)
-    ]
+    return [event for event in events if not is_forgotten(event, there)]
+
+
+def of_erasures(connection: Connection, erasure_ids: Sequence[str]) -> list[bytes]:
+    """The tombstones that these erasures set."""
+    rows = many.find(connection, "SELECT hash FROM tombstones WHERE erasure_id IN (:many)", erasure_ids)
+    return [bytes(hash) for (hash,) in rows]
 
 
 def refused(
@@ -99,8 +91,3 @@ def _erased() -> errors.FailedPrecondition:
     return errors.FailedPrecondition(
         "feedback: the response it is about was erased.", remedy="Leave it; there is nothing left to judge."
     )
-
-
-def _hash(kind: str, tenant: str, id: str) -> bytes:
-    # Ids hold no control characters, so that nothing can be moved across a separator.
-    return hashlib.sha256(f"thumbwheel {kind}\0{tenant}\0{id}".encode()).digest()

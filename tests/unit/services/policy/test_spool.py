@@ -162,3 +162,26 @@ def test_it_is_a_bounded_queue(steps: list[int | str], room: int) -> None:
             assert [row.event_id for row in spool.read(1000)] == expected
             assert (spool.held, spool.waiting, spool.bytes) == (len(model), len(expected), len(model) * SIZE)
         spool.close()
+
+
+def test_what_is_erased_is_off_the_disk_and_leaves_no_gap(tmp_path: Path) -> None:
+    path = tmp_path / "spool.db"
+    spool = Spool(path, limit=10**6)
+    values = [b"mine-51c9" * 2_000 if number % 3 == 0 else b"yours" * 2_000 for number in range(9)]
+    spool.append([Entry(f"e{number}", b"key-mine", value) for number, value in enumerate(values)])
+    before = spool.bytes
+    assert spool.erase(lambda value: value.startswith(b"mine")) == 3
+    assert spool.bytes == before - 3 * (len(values[0]) + len(b"key-mine"))
+    for file in tmp_path.iterdir():
+        assert b"mine-51c9" not in file.read_bytes(), file
+    assert [(row.id, row.value) for row in spool.read(100)] == [
+        (number + 1, b"" if number % 3 == 0 else value) for number, value in enumerate(values)
+    ]
+    spool.append([Entry("e9", b"k", b"late")])
+    spool.advance(9)
+    assert [row.event_id for row in spool.read(100)] == ["e9"]
+    assert spool.erase(lambda value: False) == 0
+    spool.close()
+    again = Spool(path, limit=10**6)
+    assert (again.held, again.waiting) == (10, 1)
+    again.close()

@@ -1,0 +1,108 @@
+"""Forgetting a user reaches the generations that policy servers still keep on their own disks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest
+
+from services.collector.config import CollectorSettings
+from services.collector.database import Database
+from services.collector.rights.eraser import Eraser
+from services.collector.rights.spools import Spools
+from services.collector.rights.tenants import Tenants
+from services.policy.recording import Recorder
+from services.policy.spool import Spool
+from tests.servers import Service
+from tests.support import free_port
+from tests.unit.services.collector.parts import Deployment
+from tests.unit.services.collector.rights.test_rights_forget import arrive, asked_by, found_in, running
+from thumbwheel import errors
+from thumbwheel.stream import topics
+from thumbwheel.stream.memory import MemoryLog
+from thumbwheel.v1 import policy_pb2 as pb
+from thumbwheel.v1.policy_pb2_grpc import add_PolicyServiceServicer_to_server
+
+SECRETS = ("mine-spooled-51c9", "mine-arrived-77aa")
+
+
+class Policy(Service):
+    """A policy server's part in it."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    async def ForgetGenerations(self, request: pb.ForgetGenerationsRequest, context: Any) -> Any:
+        return pb.ForgetGenerationsResponse(erased=await self.recorder.forget(set(request.hashes)))
+
+
+@pytest.fixture
+async def recorder(tmp_path: Path, log: MemoryLog) -> AsyncIterator[Recorder]:
+    """A recorder whose broker is away, so that all it has is on the disk."""
+    log.stop()
+    made = Recorder(log, Spool(tmp_path / "spool" / "policy.db", limit=10**7))
+    keeping = asyncio.create_task(made.keep())
+    yield made
+    keeping.cancel()
+    await asyncio.wait([keeping])
+    await made.close()
+
+
+@contextlib.asynccontextmanager
+async def serving(recorder: Recorder, address: str) -> AsyncIterator[None]:
+    server = grpc.aio.server()
+    add_PolicyServiceServicer_to_server(Policy(recorder), server)
+    server.add_insecure_port(address)
+    await server.start()
+    yield
+    await server.stop(None)
+
+
+async def test_nothing_of_a_forgotten_user_is_left_in_a_spool(
+    database: Database, deployment: Deployment, settings: CollectorSettings, recorder: Recorder, log: MemoryLog
+) -> None:
+    arrived, bobs = asked_by(deployment, "ann", SECRETS[1]), asked_by(deployment, "bob", "bobs-0aa1")
+    for event in (asked_by(deployment, "ann", SECRETS[0]), arrived, bobs):
+        recorder.record(event)
+    await recorder.flush(timeout=0.2)
+    await arrive(database, arrived)
+    assert {secret for _, secret in found_in(settings.home, SECRETS)} == set(SECRETS), "planted"
+    address = f"127.0.0.1:{free_port()}"
+    asked = settings.model_copy(update={"policies": address, "erase_timeout_seconds": 0.5})
+
+    async def forget() -> int:
+        async with running(Eraser(database, asked, Tenants(), lambda: None, Spools.of(asked))) as eraser:
+            return (await eraser.forget("default", "ann")).generations_erased
+
+    with pytest.raises(errors.DeadlineExceeded, match="it goes on"):
+        await forget()  # the policy server is away: what it keeps is not erased yet
+    assert SECRETS[0] in {secret for _, secret in found_in(settings.home, SECRETS)}
+    async with serving(recorder, address):
+        asked = asked.model_copy(update={"erase_timeout_seconds": 30.0})
+        assert await forget() == 1
+    assert found_in(settings.home, SECRETS) == set()
+    assert {secret for _, secret in found_in(settings.home, ["bobs-0aa1"])} == {"bobs-0aa1"}
+    log.start()
+    sending = asyncio.create_task(recorder.send())
+    await recorder.flush(timeout=20.0)
+    sending.cancel()
+    await asyncio.wait([sending])
+    assert [record.key.decode() for record in log.records(topics.GENERATIONS)] == [bobs.generation.prompt_id]
+
+
+async def test_a_user_whom_the_collector_never_saw_is_erased_from_spools(
+    database: Database, deployment: Deployment, settings: CollectorSettings, recorder: Recorder
+) -> None:
+    recorder.record(asked_by(deployment, "ann", SECRETS[0]))
+    await recorder.flush(timeout=0.2)
+    address = f"127.0.0.1:{free_port()}"
+    asked = settings.model_copy(update={"policies": address})
+    eraser = Eraser(database, asked, Tenants(), lambda: None, Spools.of(asked))
+    async with serving(recorder, address), running(eraser):
+        await eraser.forget("default", "ann")
+    assert found_in(settings.home, SECRETS) == set()
