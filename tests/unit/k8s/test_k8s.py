@@ -48,7 +48,10 @@ BROKEN: list[tuple[str, Break]] = [
     ("no policy that denies by default", lambda all: all.pop("NetworkPolicy/default-deny")),
     ("no policy opens port control", lambda all: all.pop("NetworkPolicy/operators-to-control")),
     ("open to everybody", lambda all: all["NetworkPolicy/gateway-to-policy"]["spec"]["ingress"][0].pop("from")),
-    ("collector to reward at 50052: may not be sent", lambda all: all.pop("NetworkPolicy/collector-calls-reward-and-policy")),
+    (
+        "collector to reward at 50052: may not be sent",
+        lambda all: all.pop("NetworkPolicy/collector-calls-reward-and-policy"),
+    ),
     ("trainer to broker at 9092: may not be received", lambda all: all.pop("NetworkPolicy/parts-to-broker")),
     ("no ServiceMonitor takes its metrics", lambda all: all.pop("ServiceMonitor/trainer")),
     ("THUMBWHEEL_LISEN is no setting of policy", lambda all: _set(all, "StatefulSet/policy", "THUMBWHEEL_LISEN", "x")),
