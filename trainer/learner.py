@@ -12,7 +12,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ class StepReport:
     """Before clipping."""
     measures: Mapping[str, float]
     """What the objective measured, such as `margin`; in a mixture `dpo_margin`, and `dpo_loss`, and so on."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """What took how long: `gradients`, and `optimizer` with the reduction over ranks before it."""
 
     def numbers(self) -> dict[str, float]:
         """Everything that can be averaged over steps."""
@@ -169,7 +171,7 @@ class Learner:
     ) -> StepReport:
         if ranks.count() > 1 and ranks.any_of(stop()):
             raise runtime.Stopped
-        total, measured = 0.0, dict[str, float]()
+        total, measured, began = 0.0, dict[str, float](), time.perf_counter()
         with self._engine.accumulating():
             for term in self._objective.terms:
                 if mine := term.mine(samples):
@@ -179,10 +181,12 @@ class Learner:
                     measured |= self._named(term, {"loss": loss, **measures})
         # What is being saved is read out of the memory that the optimizer is about to change.
         self._captured.wait()
+        computed = time.perf_counter()
         grad_norm = self._engine.step(self._learning_rates())
         self._require_finite("gradient norm", grad_norm)
         self.steps_done += 1
-        return StepReport(number, count, len(samples), total, grad_norm, measured)
+        seconds = {"gradients": computed - began, "optimizer": time.perf_counter() - computed}
+        return StepReport(number, count, len(samples), total, grad_norm, measured, seconds)
 
     def _accumulate(
         self, term: Term, samples: Sequence[Sample], round: Round, prepared: Prepared, stop: Callable[[], bool]

@@ -24,6 +24,12 @@ PHASE = Histogram(
     ["task", "phase"],
     buckets=(0.01, 0.05, 0.25, 1, 2.5, 5, 10, 30, 60, 120, 300, 900),
 )
+STEP_PHASE = Histogram(
+    "thumbwheel_trainer_step_seconds",
+    "Time a part of an optimizer step took: gradients, and the optimizer with the reduction over ranks before it.",
+    ["task", "phase"],
+    buckets=(0.01, 0.05, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+)
 FEEDBACK_TO_PUBLISH = Histogram(
     "thumbwheel_trainer_feedback_to_publish_seconds",
     "Time from a comparison's commit to the announcement of the version that learnt from it.",

@@ -552,6 +552,8 @@ class Task:
         for measure, value in report.measures.items():
             metrics.MEASURE.labels(self.name, measure).set(value)
         metrics.GRAD_NORM.labels(self.name).set(report.grad_norm)
+        for phase, seconds in report.seconds.items():
+            metrics.STEP_PHASE.labels(self.name, phase).observe(seconds)
         self._board.step(self._shared.team.learner.steps_done, report.numbers())
         logger.info("step", extra={"task": self.name, **progress.fields(report)})
         on_step(report)

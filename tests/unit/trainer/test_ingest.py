@@ -6,14 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from google.protobuf.message import Message
 
 from thumbwheel import errors
 from thumbwheel.stream import topics
 from thumbwheel.stream.memory import MemoryLog
-from thumbwheel.v1.events_pb2 import ComparisonEvent, ComparisonState, DeadLetter
+from thumbwheel.v1.events_pb2 import ComparisonEvent, ComparisonState, DeadLetter, GenerationEvent, ThumbEvent
 from thumbwheel.v1.policy_pb2 import Role
+from thumbwheel.v1.preference_pb2 import ThumbValue
 from trainer.buffer import Buffer
 from trainer.ingest import Encoder, Ingest
+from trainer.prompts import Prompts
+from trainer.samples import Demonstration, Pair, Thumb
 
 EOS = 2
 
@@ -152,3 +156,127 @@ def test_the_stream_is_read_once_and_poison_goes_aside(encoder: Encoder) -> None
 def _ids(path: Path) -> Callable[[str], list[int]]:
     tokenizer = Encoder(path, max_length=16, scores_text=True).tokenizer
     return lambda text: list(tokenizer(text)["input_ids"])
+
+
+class Stream:
+    """A log with an ingest that takes everything that a policy can learn from, and prompts."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.log = MemoryLog()
+        self.log.ensure_topics(topics.topics(partitions=1, replication=1), 1.0)
+        self.producer = self.log.producer()
+        self.prompts, self.buffer, self.gone = Prompts(uses=1), Buffer(), list[str]()
+        self.ingest = Ingest(
+            self.log,
+            self.producer,
+            encoder,
+            task="policy",
+            start={},
+            topic_ids={},
+            kinds={Pair, Thumb, Demonstration},
+            prompts=self.prompts,
+            prompt_room=6,
+            unjudged_prompts=True,
+            on_retraction=self.gone.append,
+        )
+
+    def read(self, topic: str, *values: Message | bytes) -> list[str]:
+        """Sends and reads; returns what was learnt and is retracted."""
+        for value in values:
+            data = value if isinstance(value, bytes) else value.SerializeToString()
+            self.producer.send(topic, b"key", data).result(1.0)
+        return list(self.ingest.read(self.buffer, 1.0))
+
+    def reasons(self) -> list[str]:
+        """Why there are dead letters, and what is wrong in each."""
+        letters = self.log.consumer([topics.DEADLETTER], group="test").poll(0.0)
+        return [DeadLetter.FromString(record.value).reason for record in letters]
+
+
+def thumb(number: int = 1) -> ThumbEvent:
+    event = ThumbEvent(
+        thumb_id=f"01890000-0000-7000-8000-{number:012d}",
+        state=ComparisonState.COMPARISON_STATE_ACCEPTED,
+        prompt_token_ids=range(10, 20),
+        value=ThumbValue.THUMB_VALUE_DOWN,
+        weight=0.5,
+    )
+    event.response.token_ids.extend([50, 51, EOS])
+    event.response.spans.add(version="policy-000004", start=0, end=3)
+    return event
+
+
+def test_a_thumb_is_a_sample_and_is_retracted_as_one(encoder: Encoder) -> None:
+    stream = Stream(encoder)
+    stream.read(topics.THUMBS, thumb(1), thumb(2), thumb(1))
+    (one, _) = stream.buffer.oldest(9)
+    assert isinstance(one, Thumb)
+    assert (one.prompt, one.response, one.liked, one.weight) == (tuple(range(10, 20)), (50, 51, EOS), False, 0.5)
+    assert one.versions == ("policy-000004",)
+    gone = thumb(1)
+    gone.state = ComparisonState.COMPARISON_STATE_RETRACTED
+    assert stream.read(topics.THUMBS, gone) == []
+    assert [sample.id[-1] for sample in stream.buffer.oldest(9)] == ["2"]
+    stream.buffer.learnt([thumb(2).thumb_id])
+    gone.thumb_id = thumb(2).thumb_id
+    assert stream.read(topics.THUMBS, gone) == [gone.thumb_id]
+    assert stream.gone[-1] == gone.thumb_id
+    assert stream.reasons() == []
+
+
+def test_poison_oversized_and_empty_records_go_aside_and_duplicates_count_once(encoder: Encoder) -> None:
+    stream = Stream(encoder)
+    oversized, silent, valueless, infinite = thumb(2), thumb(3), thumb(4), thumb(5)
+    oversized.response.token_ids.extend(range(60, 80))
+    silent.ClearField("prompt_token_ids")
+    valueless.ClearField("value")
+    infinite.weight = float("inf")
+    stream.read(topics.THUMBS, b"", b"\xff\xff", thumb(1), oversized, silent, valueless, infinite, thumb(1), thumb(6))
+    assert [sample.id[-1] for sample in stream.buffer.oldest(9)] == ["1", "6"]
+    fields = [reason.split(":")[0] for reason in stream.reasons()]
+    assert fields == ["value", "value", "response", "prompt_token_ids", "value", "weight"]
+    stream.read(topics.COMPARISONS, b"", comparison(7), comparison(7))
+    assert len(stream.buffer) == 3
+    assert len(stream.prompts) == 1, "thumbs and comparisons are about the same prompt"
+
+
+def test_an_edit_is_a_pair_and_a_demonstration_and_both_go_with_its_retraction(encoder: Encoder) -> None:
+    stream = Stream(encoder)
+    event = comparison(1)
+    event.demonstration = True
+    event.chosen.ClearField("token_ids")
+    event.chosen.ClearField("spans")
+    stream.read(topics.COMPARISONS, event)
+    pair, shown = stream.buffer.oldest(9)
+    assert isinstance(pair, Pair)
+    assert isinstance(shown, Demonstration)
+    assert (shown.id, shown.response, shown.versions) == (f"{event.comparison_id}/demonstration", pair.chosen, ())
+    stream.buffer.learnt([pair.id])
+    event.state = ComparisonState.COMPARISON_STATE_RETRACTED
+    assert stream.read(topics.COMPARISONS, event) == [event.comparison_id]
+    assert (len(stream.buffer), len(stream.prompts)) == (0, 0)
+
+
+def test_prompts_keep_room_for_the_answer_and_unjudged_ones_need_consent(encoder: Encoder) -> None:
+    stream = Stream(encoder)
+    event = comparison(1)
+    event.prompt_token_ids.extend(range(20, 40))
+    stream.read(topics.COMPARISONS, event)
+    (prompt,) = stream.prompts.take(9)
+    assert prompt.tokens == tuple(range(30, 40)), "the end of the prompt, with 6 of 16 tokens left for the answer"
+    asked = []
+    for number, (consent, bulk) in enumerate([(True, False), (False, False), (None, False), (True, True)]):
+        generated = GenerationEvent(prompt_token_ids=[100 + number], consent=consent, bulk=bulk)
+        generated.generation.prompt_id = f"01890000-0000-7000-9000-{number:012d}"
+        asked.append(generated)
+    stream.read(topics.GENERATIONS, *asked)
+    assert [prompt.tokens for prompt in stream.prompts.take(9)] == [(100,)]
+
+
+def test_the_lag_is_what_is_there_and_not_read(encoder: Encoder) -> None:
+    stream = Stream(encoder)
+    stream.read(topics.THUMBS, thumb(1))
+    for number in (2, 3):
+        stream.producer.send(topics.THUMBS, b"key", thumb(number).SerializeToString()).result(1.0)
+    assert stream.ingest.lag()[topics.THUMBS] == 2
+    assert stream.ingest.lag()[topics.COMPARISONS] == 0
