@@ -15,7 +15,8 @@ from trainer import losses, runtime
 from trainer.config import TrainerSettings
 from trainer.feed import wants_rollouts
 from trainer.samples import KINDS, Group, Sample, kind_name
-from trainer.task import Outlook, Shared, Task
+from trainer.state import Outlook
+from trainer.task import Shared, Task
 
 _SENTENCES = {
     "pair": "comparisons",

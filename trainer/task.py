@@ -26,10 +26,9 @@ from thumbwheel import errors, files, tracing
 from thumbwheel.auth import ManifestSigner
 from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion, version_name
 from thumbwheel.stream.log import Log, Producer, TopicPartition
-from thumbwheel.v1.rollout_pb2 import CheckpointManifest, Lineage, ModelRole, OffsetRange, Probe
-from trainer import feed, guards, losses, metrics, progress, publish
+from thumbwheel.v1.rollout_pb2 import CheckpointManifest, Lineage, ModelRole, Probe
+from trainer import feed, guards, losses, metrics, publish
 from trainer.background import Background
-from trainer.board import Board
 from trainer.buffer import Buffer
 from trainer.checkpoint import TrainingCheckpoints
 from trainer.config import TaskName, TrainerSettings
@@ -40,7 +39,8 @@ from trainer.publish import SAMPLES, Publisher
 from trainer.replay import Replay
 from trainer.samples import Demonstration, Kind, Sample, Tokens
 from trainer.staleness import sequence as version_number
-from trainer.staleness import staleness
+from trainer.state import Outlook, State, ranges
+from trainer.watch import Watch
 
 if TYPE_CHECKING:
     from trainer.learner import StepReport
@@ -53,7 +53,6 @@ STATE = "state.json"
 VERSION = "version.json"
 LESSON = "lesson.json"
 MODEL = "model"
-_LAG_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -73,56 +72,6 @@ class Shared:
         from trainer.team import Team
 
         return Team(self.settings, self.stop.is_set)
-
-
-@dataclass(frozen=True)
-class State:
-    """How far a task is, as of its newest training checkpoint."""
-
-    round: int
-    steps: int
-    version: str
-    """The version that the weights are, or are to be published as."""
-    positions: dict[TopicPartition, int]
-    topic_ids: dict[str, str]
-    vitals: dict[str, float] = dataclasses.field(default_factory=dict)
-    """What the guards compare with: the vital signs of the first round that showed them."""
-
-    def to_json(self) -> str:
-        """As it lies in a checkpoint."""
-        fields = dataclasses.asdict(self)
-        fields["positions"] = [[*tp, offset] for tp, offset in sorted(self.positions.items())]
-        return json.dumps(fields, indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> State:
-        """Reads `to_json`."""
-        fields = json.loads(text)
-        fields["positions"] = {TopicPartition(topic, part): offset for topic, part, offset in fields["positions"]}
-        return cls(**fields)
-
-
-@dataclass(frozen=True)
-class Outlook:
-    """What a task would go on with."""
-
-    task: TaskName
-    objective: str
-    base: str
-    version: str
-    """The version that it goes on from."""
-    round: int
-    steps: int
-    checkpoint: Path | None
-    waiting: Sequence[Sample]
-    due: bool
-    """Whether a round would start at once."""
-    prompts: int
-    """Prompts that could be answered."""
-    replayable: int
-    demonstrations: int
-    retracted: tuple[str, ...]
-    """What was learnt and is now retracted."""
 
 
 class Task:
@@ -159,9 +108,7 @@ class Task:
             lesson = json.loads((self._begun / LESSON).read_text())
             self._planned, self._retracted = lesson["samples"], lesson["retracted"]
         self._halted = ""
-        self._board = Board(settings.home / "tensorboard" / name)
-        self._vitals: dict[str, float] = {}
-        self._next_lag = 0.0
+        self._watch = Watch(name, settings)
         self._kinds: frozenset[Kind] = frozenset(term.objective.kind for term in self._objective.terms)
         self._feed = self._open_feed()
         online = name == "policy" and feed.wants_rollouts(self._kinds, settings)
@@ -200,7 +147,7 @@ class Task:
         self._retracted += self._ingest.read(self._buffer, timeout)
         self._feed.collect(self._buffer, time.monotonic())
         self._feed.ask(self._buffer)
-        self._watch_lag()
+        self._watch.lag(self._ingest.lag)
 
     @property
     def waiting(self) -> int:
@@ -279,6 +226,11 @@ class Task:
         """
         team = self._shared.team
         self._began = time.time()
+
+        def step_done(report: StepReport) -> None:
+            self._watch.step(report, team.learner.steps_done)
+            on_step(report)
+
         logger.info("round begins", extra={"task": self.name, "round": self._state.round + 1, "samples": len(samples)})
         self._feed.ask(self._buffer, ahead=len(samples))  # the next round's rollouts are made meanwhile
         written, samples = samples, self._feed.lesson(samples, round_number=self._state.round + 1)
@@ -291,9 +243,9 @@ class Task:
             measured = team.learn(
                 samples,
                 round_number=self._state.round + 1,
-                on_step=lambda report: self._report(report, on_step),
+                on_step=step_done,
             )
-        self._observe(written, samples, measured)
+        self._watch.round(self._state.round + 1, self._state.version, written, samples, measured, self._state.vitals)
         return measured
 
     def checkpoint(self, samples: Sequence[Sample], measured: dict[str, float]) -> None:
@@ -312,7 +264,7 @@ class Task:
             version=version_name(self._objective.role, (newest.sequence if newest else 0) + 1),
             positions=self._ingest.positions(),
             topic_ids=self._ingest.topic_ids(),
-            vitals={**self._vitals, **self._state.vitals},
+            vitals={**self._watch.vitals, **self._state.vitals},
         )
         ids = "".join(f"{sample_id}\n" for sample_id in sorted(sample.id for sample in samples))
         manifest = self._manifest(state, samples, ids, measured)
@@ -386,7 +338,7 @@ class Task:
             self._after.close()
         finally:
             self._feed.close()
-            self._board.close()
+            self._watch.close()
             self._release()
             self._ingest.close()
 
@@ -432,38 +384,6 @@ class Task:
                 max_tokens=self._shared.settings.rollout_tokens,
                 seed=self._shared.settings.seed + self._state.round,
             )
-
-    def _observe(self, written: Sequence[Sample], lesson: Sequence[Sample], measured: dict[str, float]) -> None:
-        """Notes how a round went. Raises `guards.Unfit`."""
-        tokens = sum(sample.tokens for sample in lesson) * self._shared.settings.epochs
-        metrics.TOKENS_PER_SECOND.labels(self.name).set(tokens / measured["learn_seconds"])
-        newest = version_number(self._state.version)
-        ours = [
-            sample for sample in written if sample.versions and all(v.startswith("policy-") for v in sample.versions)
-        ]
-        ages = [staleness(sample, newest) for sample in ours] if self.name == "policy" else []
-        for age in ages:
-            metrics.STALENESS.labels(self.name).observe(age)
-        if ages:
-            measured["staleness"] = sum(ages) / len(ages)
-        measured["added_samples"] = float(len(lesson) - len(written))
-        self._vitals = guards.vitals(written, measured)
-        for sign, value in self._vitals.items():
-            metrics.VITAL.labels(self.name, sign).set(value)
-            measured.setdefault(sign, value)
-        self._board.round(self._state.round + 1, measured)
-        guards.check(self._vitals, self._state.vitals, self._shared.settings)
-
-    def _watch_lag(self) -> None:
-        """Says how far the stream is ahead, now and then."""
-        if (now := time.monotonic()) < self._next_lag:
-            return
-        self._next_lag = now + _LAG_SECONDS
-        try:
-            for topic, records in self._ingest.lag().items():
-                metrics.LAG.labels(self.name, topic).set(records)
-        except errors.Unavailable as error:
-            logger.warning("the lag is not known: %s", error, extra={"task": self.name})
 
     def _load_base(self) -> VerifiedVersion:
         version = version_name(self._objective.role, 0)
@@ -525,7 +445,7 @@ class Task:
             lineage=Lineage(
                 objective=self._objective.name,
                 settings=self._objective.settings() | _lineage_settings(settings, self.name),
-                offsets=_ranges(self._state, state),
+                offsets=ranges(self._state, state),
                 sample_count=len(samples),
                 samples_sha256=files.sha256_bytes(ids.encode()),
                 reference_version=self._base.manifest.version if self._objective.needs_reference else "",
@@ -546,17 +466,6 @@ class Task:
             score = self._shared.team.probe_score([*prompt, *response])
             manifest.probes.append(Probe(prompt_token_ids=prompt, token_ids=response, score=score))
         return manifest
-
-    def _report(self, report: StepReport, on_step: Callable[[StepReport], None]) -> None:
-        metrics.LOSS.labels(self.name).set(report.loss)
-        for measure, value in report.measures.items():
-            metrics.MEASURE.labels(self.name, measure).set(value)
-        metrics.GRAD_NORM.labels(self.name).set(report.grad_norm)
-        for phase, seconds in report.seconds.items():
-            metrics.STEP_PHASE.labels(self.name, phase).observe(seconds)
-        self._board.step(self._shared.team.learner.steps_done, report.numbers())
-        logger.info("step", extra={"task": self.name, **progress.fields(report)})
-        on_step(report)
 
     @contextmanager
     def _phase(self, phase: str) -> Iterator[None]:
@@ -586,15 +495,3 @@ def _lineage_settings(settings: TrainerSettings, task: TaskName) -> dict[str, st
     return {name: str(getattr(settings, name)) for name in names} | {
         "learning_rate": repr(settings.learning_rate(task))
     }
-
-
-def _ranges(before: State, after: State) -> list[OffsetRange]:
-    """What was consumed between two states. A topic that was lost in between was consumed from its beginning."""
-    ranges = []
-    for tp, end in sorted(after.positions.items()):
-        start = before.positions.get(tp, 0)
-        same = before.topic_ids.get(tp.topic) == after.topic_ids.get(tp.topic)
-        ranges.append(
-            OffsetRange(topic=tp.topic, partition=tp.partition, start=start if same and start <= end else 0, end=end)
-        )
-    return ranges

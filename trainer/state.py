@@ -1,0 +1,76 @@
+"""How far a task is, as it lies in a training checkpoint, and what it would go on with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from thumbwheel.stream.log import TopicPartition
+from thumbwheel.v1.rollout_pb2 import OffsetRange
+from trainer.config import TaskName
+from trainer.samples import Sample
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a task is, as of its newest training checkpoint."""
+
+    round: int
+    steps: int
+    version: str
+    """The version that the weights are, or are to be published as."""
+    positions: dict[TopicPartition, int]
+    topic_ids: dict[str, str]
+    vitals: dict[str, float] = dataclasses.field(default_factory=dict)
+    """What the guards compare with: the vital signs of the first round that showed them."""
+
+    def to_json(self) -> str:
+        """As it lies in a checkpoint."""
+        fields = dataclasses.asdict(self)
+        fields["positions"] = [[*tp, offset] for tp, offset in sorted(self.positions.items())]
+        return json.dumps(fields, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> State:
+        """Reads `to_json`."""
+        fields = json.loads(text)
+        fields["positions"] = {TopicPartition(topic, part): offset for topic, part, offset in fields["positions"]}
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a task would go on with."""
+
+    task: TaskName
+    objective: str
+    base: str
+    version: str
+    """The version that it goes on from."""
+    round: int
+    steps: int
+    checkpoint: Path | None
+    waiting: Sequence[Sample]
+    due: bool
+    """Whether a round would start at once."""
+    prompts: int
+    """Prompts that could be answered."""
+    replayable: int
+    demonstrations: int
+    retracted: tuple[str, ...]
+    """What was learnt and is now retracted."""
+
+
+def ranges(before: State, after: State) -> list[OffsetRange]:
+    """What was consumed between two states. A topic that was lost in between was consumed from its beginning."""
+    ranges = []
+    for tp, end in sorted(after.positions.items()):
+        start = before.positions.get(tp, 0)
+        same = before.topic_ids.get(tp.topic) == after.topic_ids.get(tp.topic)
+        ranges.append(
+            OffsetRange(topic=tp.topic, partition=tp.partition, start=start if same and start <= end else 0, end=end)
+        )
+    return ranges
