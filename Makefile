@@ -113,6 +113,10 @@ faults-restarts: setup ## Restart two replicas of the policy in turns, under loa
 fuzz: setup ## Fuzz every decoder of bytes from outside: ten million executions each, hours; ARGS="--seconds 60" for less
 	@$(BIN)/python -m tests.fuzz.run $(ARGS)
 
+.PHONY: faults-trainer
+faults-trainer: setup ## Kill the trainer at random instants while it learns, with one rank and with two
+	@$(BIN)/python -m tests.faults.trainer $(ARGS)
+
 .PHONY: bench-%
 bench-%: setup ## Run bench/%.py
 	@test -f bench/$(subst -,_,$*).py || { echo "there is no bench/$(subst -,_,$*).py" >&2; exit 1; }

@@ -127,7 +127,7 @@ class LearningSettings(CommandSettings):
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: what is divided among the ranks. 0: nothing; 1: the optimizer's state; 2: its gradients as
-    well; 3: the weights as well. With one rank they differ in speed alone."""
+    well; 3: the weights as well. With one rank there is nothing to divide."""
 
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass, always: a third slower, with less memory. What is longer than
@@ -143,6 +143,11 @@ class LearningSettings(CommandSettings):
     @classmethod
     def _split_aspects(cls, value: object) -> object:
         return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _number(cls, value: object) -> object:
+        return int(value) if isinstance(value, str) and value.isdigit() else value
 
 
 class TrainerSettings(LearningSettings, Settings):

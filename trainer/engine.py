@@ -73,8 +73,9 @@ class Engine:
     """A model and its optimizer. With several ranks, all methods but `fragments` are to be called by all of them."""
 
     def __init__(self, model: Any, groups: Sequence[ParameterGroup], settings: LearningSettings) -> None:
-        self.stage = settings.zero_stage
         self.ranks = torch.distributed.get_world_size()
+        # With one rank there is nothing to divide, and stage 0 is the fastest; but it cannot offload.
+        self.stage = settings.zero_stage if self.ranks > 1 or settings.cpu_offload else 0
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
             # At the rate 0 nothing moves when DeepSpeed takes a step to have all of its state; rates come with `step`.
@@ -84,7 +85,9 @@ class Engine:
             weight_decay=settings.weight_decay,
             fused=True,  # no temporaries of the size of the model
         )
-        self._engine, *_ = deepspeed.initialize(model=_Anything(model), optimizer=optimizer, config=_config(settings))
+        self._engine, *_ = deepspeed.initialize(
+            model=_Anything(model), optimizer=optimizer, config=_config(settings, self.stage)
+        )
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         for state in self._state.values():
             state["step"].zero_()
@@ -229,8 +232,7 @@ class Engine:
                 parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
 
 
-def _config(settings: LearningSettings) -> dict[str, Any]:
-    stage = settings.zero_stage
+def _config(settings: LearningSettings, stage: int) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": False,

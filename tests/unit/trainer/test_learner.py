@@ -83,12 +83,22 @@ def test_the_reward_model_learns_to_rank(reward_path: Path) -> None:
     assert reports[-1].measures["accuracy"] == 1.0
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_micro_batches_add_up_to_the_gradient_of_the_step(stage: int, policy_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"cpu_offload": True, "zero_stage": 1},
+        {"cpu_offload": True, "zero_stage": 2},
+        {"cpu_offload": True, "zero_stage": 3},
+    ],
+)
+def test_micro_batches_add_up_to_the_gradient_of_the_step(changes: dict[str, object], policy_path: Path) -> None:
+    """Also where activations are computed again, and where the optimizer is kept apart from the weights."""
     samples = make_samples(8)
     reports = []
     for tokens in (1, 60, 10_000):
-        settings = settings_with(zero_stage=stage, batch_size=8, micro_batch_tokens=tokens)
+        settings = settings_with(batch_size=8, micro_batch_tokens=tokens, **changes)
         reference = with_sums(samples, -40.0, -42.0)
         reports.append(one_step(policy_path, samples, settings, reference)[0])
     for report in reports[1:]:

@@ -19,6 +19,10 @@ def test_both_tasks_by_default_with_the_papers_numbers() -> None:
     assert (settings.beta, settings.batch_size, settings.round_size) == (0.1, 8, 48)
 
 
+def test_every_zero_stage_can_be_named() -> None:
+    assert [parse("--zero-stage", str(stage)).zero_stage for stage in range(4)] == [0, 1, 2, 3]
+
+
 def test_tasks_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse("--tasks", "reward, policy").tasks == ("reward", "policy")
     monkeypatch.setenv("THUMBWHEEL_TASKS", "policy")
@@ -31,7 +35,7 @@ def test_tasks_are_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--tasks", "policy,critic"), "--tasks.1 (or THUMBWHEEL_TASKS.1)"),
         (("--tasks", "policy,policy"), "at most once"),
         (("--beta", "0"), "--beta (or THUMBWHEEL_BETA): Input should be greater than 0"),
-        (("--zero-stage", "3"), "--zero-stage"),
+        (("--zero-stage", "4"), "--zero-stage"),
         (("--round-size", "0"), "--round-size"),
     ],
 )

@@ -1,0 +1,63 @@
+"""What is written out by hand says what autograd says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from trainer import kernels, models
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_logprobs_and_their_gradients_are_those_of_the_plain_formula(rows: int) -> None:
+    hidden, weight, targets = random(7, 5, seed=0), random(11, 5, seed=1), torch.arange(7) % 3
+    weights = torch.linspace(-1, 2, 7)
+    found = kernels.token_logprobs(hidden, weight, targets, rows=rows)
+    plain = (hidden @ weight.t()).log_softmax(1)[torch.arange(7), targets]
+    torch.testing.assert_close(found, plain.float())
+    ours = torch.autograd.grad((found * weights).sum(), (hidden, weight))
+    theirs = torch.autograd.grad((plain * weights).sum(), (hidden, weight))
+    for our, their in zip(ours, theirs, strict=True):
+        # The softmax is worked out in float32, whatever the model's type.
+        torch.testing.assert_close(our, their, rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_with_a_bias_or_of_another_kind_is_asked_itself() -> None:
+    hidden, targets = random(4, 5, seed=0).float(), torch.tensor([0, 1, 2, 0])
+    head = torch.nn.Linear(5, 3)
+    found = models.token_logprobs(head, hidden, targets)
+    torch.testing.assert_close(found, head(hidden).log_softmax(1)[torch.arange(4), targets])
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2), (3, 1)])
+def test_attention_and_its_gradients_are_those_of_torch(heads: int, key_heads: int) -> None:
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // key_heads  # type: ignore[assignment]
+    query, key, value = (random(2, count, 9, 4, seed=n) for n, count in enumerate((heads, key_heads, key_heads)))
+    mask = torch.ones(9, 9, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    mask[1, 0, 5:, 1:3] = False  # as where responses share a prompt
+    found, _ = kernels.attention(module, query, key, value, mask)
+    groups = heads // key_heads
+    wide_key, wide_value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
+    plain = scaled_dot_product_attention(query, wide_key, wide_value, attn_mask=mask).transpose(1, 2)
+    torch.testing.assert_close(found, plain)
+    weights = random(*plain.shape, seed=9)
+    ours = torch.autograd.grad((found * weights).sum(), (query, key, value))
+    theirs = torch.autograd.grad((plain * weights).sum(), (query, key, value))
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their)
+
+
+def test_without_a_mask_torchs_own_attention_does_it() -> None:
+    module = torch.nn.Module()
+    query, key, value = (random(1, 2, 5, 4, seed=n) for n in range(3))
+    found, _ = kernels.attention(module, query, key, value, None, is_causal=True)
+    plain = scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(found, plain)
