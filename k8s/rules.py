@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from services.collector.config import CollectorSettings
 from services.policy.config import PolicySettings
 from services.reward.config import RewardSettings
+from thumbwheel.access import CONTROL_METHODS
 from thumbwheel.channels import API_KEY_VARIABLE
 from thumbwheel.config import Settings
 from thumbwheel.stream import broker
@@ -338,6 +339,11 @@ def references_hold(cluster: Cluster) -> Iterator[str]:
                     yield f"{work}: mounts {mount['name']}, which is no volume"
     for route in cluster.of("GRPCRoute"):
         for rule in route["spec"]["rules"]:
+            for match in rule["matches"]:
+                service, method = match["method"]["service"], match["method"].get("method", "")
+                controls = {name for name in CONTROL_METHODS if name.startswith(f"/{service}/")}
+                if controls and (not method or f"/{service}/{method}" in controls):
+                    yield f"GRPCRoute: leads to {sorted(controls)[0]} from outside"
             for backend in rule["backendRefs"]:
                 service = cluster.named("Service", backend["name"])
                 ports = [port["port"] for port in service["spec"]["ports"]] if service else []
