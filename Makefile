@@ -117,6 +117,14 @@ fuzz: setup ## Fuzz every decoder of bytes from outside: ten million executions 
 faults-trainer: setup ## Kill the trainer at random instants while it learns, with one rank and with two
 	@$(BIN)/python -m tests.faults.trainer $(ARGS)
 
+.PHONY: soak
+soak: setup ## Run a whole stack for MINUTES (30) and see what grows
+	@$(BIN)/python -m bench.soak --minutes $(or $(MINUTES),30) $(ARGS)
+
+.PHONY: faults
+faults: setup ## Break everything on purpose, watched by a real Prometheus
+	@$(BIN)/python -m tests.faults.run $(ARGS)
+
 .PHONY: bench-%
 bench-%: setup ## Run bench/%.py
 	@test -f bench/$(subst -,_,$*).py || { echo "there is no bench/$(subst -,_,$*).py" >&2; exit 1; }

@@ -1,4 +1,5 @@
-"""Grafana's dashboards, as code: `make dashboards` writes `dashboards/*.json` beside this file.
+"""Grafana's dashboards, as code: `make dashboards` writes `dashboards/*.json` beside this file, and `alerts.yaml`, the
+rules as Prometheus's operator takes them.
 
 Every query is run by `make check-ops` against a real Prometheus that scrapes a running stack, and must return data.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import string
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -467,11 +469,24 @@ def _plot(panel: Panel) -> timeseries.Panel:
     return plot
 
 
+def operators_rules() -> str:
+    """`rules.yaml` as a custom resource."""
+    groups = (FOLDER.parent / "rules.yaml").read_text().partition("\ngroups:\n")[2]
+    head = "# Written by `make dashboards` from rules.yaml; do not edit.\napiVersion: monitoring.coreos.com/v1\n"
+    head += "kind: PrometheusRule\nmetadata:\n  name: thumbwheel\nspec:\n  groups:\n"
+    return head + textwrap.indent(groups, "  ")
+
+
+def written() -> dict[Path, str]:
+    """All that `main` writes."""
+    found = {FOLDER / f"{name}.json": render(name) for name in DASHBOARDS}
+    return found | {FOLDER.parent / "alerts.yaml": operators_rules()}
+
+
 def main() -> None:
     """Writes all of them; says which have changed."""
     FOLDER.mkdir(exist_ok=True)
-    for name in DASHBOARDS:
-        path, text = FOLDER / f"{name}.json", render(name)
+    for path, text in written().items():
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
             print(f"wrote {path}", file=sys.stderr)

@@ -12,6 +12,7 @@ from pathlib import Path
 from tests.faults import observe
 from tests.faults.checker import Delivery, Entry, History
 from tests.faults.observe import Query, Reader
+from tests.faults.proxy import Proxy
 from tests.postgres import Postgres
 from tests.support import Process, free_port
 from tests.unit.services.collector.parts import Deployment
@@ -32,19 +33,34 @@ class Cluster:
     postgres: Postgres | None
     options: Sequence[str] = ()
     disk: Path | None = None
+    proxied: bool = False
+    """Whether everything goes through `links`: of the clients, to the broker, to the database."""
+    environment: dict[str, str] = field(default_factory=dict)
     deployment: Deployment = field(init=False)
+    links: dict[str, Proxy] = field(default_factory=dict)
     stream: list[Delivery] = field(default_factory=list)
     life: int = 0
 
     def __post_init__(self) -> None:
         self.deployment = Deployment.at(self.home)
-        self.broker = EmbeddedBroker(port=free_port(), log=self.home / "broker.log")
+        port = free_port()
+        if self.proxied:
+            self.links["broker"] = Proxy(port)
+        advertised = self.links["broker"].address if self.proxied else ""
+        self.broker = EmbeddedBroker(port=port, log=self.home / "broker.log", advertised=advertised)
         arguments = ["--home", str(self.home), "--bootstrap-servers", self.broker.bootstrap_servers]
         arguments += ["--control-listen", "127.0.0.1:0"]
         self.file = (self.disk or self.home) / "collector.db"
-        url = self.postgres.url if self.postgres is not None else f"sqlite:///{self.file}"
+        url = f"sqlite:///{self.file}"
+        if self.postgres is not None:
+            url = self.postgres.url
+            if self.proxied:
+                self.links["database"] = Proxy(self.postgres.port)
+                url = url.replace(f":{self.postgres.port}/", f":{self.links['database'].port}/")
         arguments += ["--database", url, *self.options]
-        self.collector = Process("services.collector", arguments, self.home / "collector.log")
+        self.collector = Process("services.collector", arguments, self.home / "collector.log", self.environment)
+        if self.proxied:
+            self.links["clients"] = Proxy(self.collector.port)
         self._log: Log = open_log(self.broker.bootstrap_servers)
         self._policy = self._log.producer()
         self._sent: list[Future[Position]] = []
@@ -57,8 +73,15 @@ class Cluster:
             return observe.postgres_query(self.postgres.conninfo)
         return observe.sqlite_query(self.file)
 
+    @property
+    def address(self) -> str:
+        """Where clients reach the collector."""
+        return self.links["clients"].address if self.proxied else self.collector.address
+
     def start(self) -> None:
         """Starts all that does not run; returns when the collector serves."""
+        for link in self.links.values():
+            link.__enter__()
         if self.postgres is not None:
             self.postgres.start()
         self.start_broker()
@@ -106,13 +129,24 @@ class Cluster:
         self.broker.kill()
         if self.postgres is not None:
             self.postgres.remove()
+        for link in self.links.values():
+            link.__exit__()
 
 
 @contextlib.contextmanager
-def cluster(database: str, options: Sequence[str] = (), disk: Path | None = None) -> Iterator[Cluster]:
+def cluster(
+    database: str,
+    options: Sequence[str] = (),
+    disk: Path | None = None,
+    *,
+    proxied: bool = False,
+    environment: dict[str, str] | None = None,
+    home: Path | None = None,
+) -> Iterator[Cluster]:
     """A cluster on "sqlite" or "postgres", started, and gone at the end with all that it wrote."""
     with tempfile.TemporaryDirectory(prefix="thumbwheel-faults-") as folder:
-        made = Cluster(Path(folder), Postgres() if database == "postgres" else None, options, disk)
+        postgres = Postgres() if database == "postgres" else None
+        made = Cluster(home or Path(folder), postgres, options, disk, proxied, environment or {})
         try:
             made.start()
             yield made

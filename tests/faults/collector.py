@@ -80,7 +80,7 @@ async def voting(made: Cluster, load: Load) -> AsyncIterator[None]:
     stop = asyncio.Event()
     async with asyncio.TaskGroup() as group:  # a client that fails ends the body
         serving = group.create_task(_serve(made, load))
-        voting = group.create_task(load.run(made.collector.address, clients=CLIENTS, pause=PAUSE_SECONDS, stop=stop))
+        voting = group.create_task(load.run(made.address, clients=CLIENTS, pause=PAUSE_SECONDS, stop=stop))
         yield
         stop.set()
         async with asyncio.timeout(SETTLE_SECONDS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -51,6 +52,11 @@ class Load:
     generations: list[GenerationEvent] = field(default_factory=list)
     arrived: list[GenerationEvent] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
+    asked_after: float = 0.0
+    acked_at: float = 0.0
+    """When the first submission that was asked after `asked_after` was said OK to, both by the monotonic clock."""
+    done_again: int = 0
+    """Submissions that the collector had done already when it was asked: tries that were in vain."""
 
     def ballots(self) -> Iterator[Ballot]:
         """Votes for ever: several pairs of candidates a prompt, each judged by one user, and some thumbs."""
@@ -105,7 +111,7 @@ class Load:
             if late:
                 self._serve(ballot)
             if draw.random() < 0.1:
-                await self._submit(stub, ballot)
+                await self._submit(stub, ballot, first=False)
             if draw.random() < 0.15:
                 self.journal.append(AskedToRetract(feedback_id))
                 await self._retract(stub, feedback_id, ballot.feedback.user_id)
@@ -116,8 +122,11 @@ class Load:
         self.generations += ballot.generations
         self.arrived += ballot.generations
 
-    async def _submit(self, stub: preference_pb2_grpc.PreferenceServiceAsyncStub, ballot: Ballot) -> str:
+    async def _submit(
+        self, stub: preference_pb2_grpc.PreferenceServiceAsyncStub, ballot: Ballot, *, first: bool = True
+    ) -> str:
         while True:
+            asked = time.monotonic()
             try:
                 request = SubmitFeedbackRequest(feedback=ballot.feedback)
                 answer = await stub.SubmitFeedback(request, timeout=_CALL_SECONDS)
@@ -125,6 +134,9 @@ class Load:
                 await self._refused(error)
             else:
                 self.journal.append(Acked(ballot.vote.key, answer.feedback_id))
+                if asked >= self.asked_after:
+                    self.acked_at = self.acked_at or time.monotonic()
+                self.done_again += answer.duplicate and first
                 return answer.feedback_id
 
     async def _retract(self, stub: preference_pb2_grpc.PreferenceServiceAsyncStub, id: str, user: str) -> None:

@@ -32,9 +32,9 @@ def main() -> int:
             promtool(*arguments)
         except RuntimeError as error:
             wrong.append(str(error))
-    for name in dashboards.DASHBOARDS:
-        if (dashboards.FOLDER / f"{name}.json").read_text() != dashboards.render(name):
-            wrong.append(f"dashboards/{name}.json is not what dashboards.py writes: type `make dashboards`")
+    for path, text in dashboards.written().items():
+        if path.read_text() != text:
+            wrong.append(f"{path} is not what dashboards.py writes: type `make dashboards`")
     print("starting a stack, and a Prometheus that scrapes it", file=sys.stderr)
     unanswered = asyncio.run(_unanswered())
     wrong += [f"no data: {one}" for one in unanswered]

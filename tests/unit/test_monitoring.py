@@ -46,6 +46,18 @@ def test_links_within_the_runbooks_lead_somewhere() -> None:
     assert set(re.findall(r"\]\(#([\w-]+)\)", text)) - anchors == set()
 
 
-def test_dashboards_are_as_they_are_written() -> None:
-    on_disk = {path.stem: path.read_text() for path in dashboards.FOLDER.glob("*.json")}
-    assert on_disk == {name: dashboards.render(name) for name in dashboards.DASHBOARDS}, "type `make dashboards`"
+def test_what_is_written_is_as_it_would_be_written_now() -> None:
+    paths = [*dashboards.FOLDER.glob("*.json"), MONITORING / "alerts.yaml"]
+    assert {path: path.read_text() for path in paths} == dashboards.written(), "type `make dashboards`"
+    assert yaml.safe_load((MONITORING / "alerts.yaml").read_text())["spec"] == yaml.safe_load(RULES.read_text())
+
+
+def test_containers_and_clusters_have_the_rules_and_the_dashboards() -> None:
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text())["configs"]
+    jobs = [one["job_name"] for one in yaml.safe_load(compose["prometheus"]["content"])["scrape_configs"]]
+    assert jobs == ["policy", "reward", "collector", "trainer"]
+    files = {Path(one["file"]) for one in compose.values() if "file" in one}
+    assert {path.relative_to(ROOT) for path in (RULES, *dashboards.FOLDER.glob("*.json"))} <= {*files}
+    kustomization = yaml.safe_load((MONITORING / "kustomization.yaml").read_text())
+    [generated] = kustomization["configMapGenerator"]
+    assert sorted(generated["files"]) == sorted(f"dashboards/{name}.json" for name in dashboards.DASHBOARDS)

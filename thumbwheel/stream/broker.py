@@ -62,11 +62,14 @@ def die_with_parent() -> None:
 class EmbeddedBroker:
     """A broker listening on `host`:`port`; port 0 takes a free one. Its output is appended to the file `log`.
 
+    Clients are told to connect to `advertised`, "host:port", where that is not where it listens.
+
     A context manager: `with EmbeddedBroker(port=0, log=path) as broker: open_log(broker.bootstrap_servers)`.
     """
 
-    def __init__(self, *, port: int, log: Path, host: str = "127.0.0.1") -> None:
+    def __init__(self, *, port: int, log: Path, host: str = "127.0.0.1", advertised: str = "") -> None:
         self.host = host
+        self.advertised = advertised
         self.port = port
         self.log = log
         self._child: subprocess.Popen[bytes] | None = None
@@ -74,7 +77,7 @@ class EmbeddedBroker:
     @property
     def bootstrap_servers(self) -> str:
         """Where clients connect, as "host:port"."""
-        return f"{self.host}:{self.port}"
+        return self.advertised or f"{self.host}:{self.port}"
 
     @property
     def pid(self) -> int | None:
@@ -91,8 +94,9 @@ class EmbeddedBroker:
         self.port = _free_port(self.host, self.port)
         deadline = time.monotonic() + timeout
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        url = f"tcp://{self.bootstrap_servers}"
-        arguments = ["broker", "--listener-url", url, "--advertised-listener-url", url, "--storage-engine", _STORAGE]
+        listen, advertised = f"tcp://{self.host}:{self.port}", f"tcp://{self.bootstrap_servers}"
+        arguments = ["broker", "--listener-url", listen, "--advertised-listener-url", advertised]
+        arguments += ["--storage-engine", _STORAGE]
         # An empty environment: the broker takes settings from variables, some with common names.
         with self.log.open("ab") as output:
             self._child = subprocess.Popen(

@@ -2,7 +2,7 @@
 
 Forget ──▶ erased in the database ──▶ wake ──▶ 1. exported files  2. what policy servers keep of it  3. vacuum
                                                4. the erasure is finished ──▶ answer
-every hour ──▶ content past its tenant's retention, by the same code
+now and then ▶ content past its tenant's retention, by the same code
 
 An erasure that a crash interrupts is finished at the next start: its row says so.
 """
@@ -89,7 +89,7 @@ class Eraser:
             try:
                 if time.monotonic() >= self._expire_at:
                     await self.expire()
-                    self._expire_at = time.monotonic() + _HOUR
+                    self._expire_at = time.monotonic() + min(_HOUR, self._tenants.shortest_retention_seconds / 10)
                 await self._finish()
                 self._pause.reset()
             except RETRIED as error:

@@ -13,6 +13,7 @@ The file is TOML. A tenant that it does not name, and a setting that a tenant do
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,12 @@ class Tenants:
     def __init__(self, defaults: TenantRules | None = None, named: Mapping[str, TenantRules] | None = None) -> None:
         self.defaults = defaults or TenantRules()
         self.named = dict(named or {})
+
+    @property
+    def shortest_retention_seconds(self) -> float:
+        """The shortest time for which anybody's content is kept; infinite where all is kept."""
+        days = [rules.retention_days for rules in (self.defaults, *self.named.values()) if rules.retention_days]
+        return 86_400 * min(days, default=math.inf)
 
     def __getitem__(self, tenant: str) -> TenantRules:
         """The rules of a tenant, named in the file or not."""

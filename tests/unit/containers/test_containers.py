@@ -79,8 +79,10 @@ def test_compose_sets_what_the_services_know(role: str) -> None:
     port = int(settings.listen.rpartition(":")[2])
     assert role == "trainer" or f"127.0.0.1:{port}:{port}" in service["ports"]
     assert service["build"]["target"] == role
-    targets = yaml.safe_load(COMPOSE["configs"]["prometheus"]["content"])["scrape_configs"][0]["static_configs"][0]
-    assert f"{role}:{settings.metrics_port}" in targets["targets"]
+    jobs = {
+        one["job_name"]: one for one in yaml.safe_load(COMPOSE["configs"]["prometheus"]["content"])["scrape_configs"]
+    }
+    assert jobs[role]["static_configs"] == [{"targets": [f"{role}:{settings.metrics_port}"]}]
 
 
 def test_compose_is_reachable_from_this_machine_only_and_holds_no_password() -> None:

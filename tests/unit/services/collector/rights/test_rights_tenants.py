@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,8 @@ def test_a_tenant_has_its_rules_or_the_defaults(tmp_path: Path) -> None:
     assert Tenants.load(None)["anyone"] == TenantRules()
     assert tenants["game"].expired_before(10**12) == 10**12 - 43_200_000_000
     assert TenantRules().expired_before(10**12) == 0
+    assert tenants.shortest_retention_seconds == 43_200.0  # half a day, of `game`
+    assert Tenants.load(None).shortest_retention_seconds == math.inf
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,394 @@
+"""Every fault of the collector and what it talks to, one after the other, under load, watched by a real Prometheus.
+
+    python -m tests.faults.alerted --database both --seed 1
+
+Of each fault: which alert told of it, how many evaluations after it could be seen, how long after it healed things were
+as before; and of each database, what the history checker decides. A fault lasts until its alert fires, and two seconds
+at least. The full disk is a file system of its own: start it through `disk.IN_A_NAMESPACE`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.faults.checker import Asked, Verdict
+from tests.faults.cluster import Cluster, cluster
+from tests.faults.collector import settled, voting
+from tests.faults.load import Load
+from tests.faults.proxy import FAULTS, Fault
+from tests.monitoring.prometheus import Prometheus, prometheus
+
+MOST_RECOVERY_SECONDS = 5.0
+MOST_EVALUATIONS = 2
+MOST_RETRIES = 1.1
+
+_LEAST_SECONDS = 2.0
+_ALERT_SECONDS = 60.0
+_SETTLE_SECONDS = 60.0
+_DISK_BYTES = 96 * 2**20
+_EVALUATION_SECONDS = 1.0
+# Of a round trip: longer than a process waits for a broker or a database.
+_LATE_SECONDS = 12.0
+
+Context = contextlib.AbstractAsyncContextManager[None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fault, how it is brought about, and the alerts of which one must tell of it; none where only clients can know.
+
+    `seen` is a query that brings something as soon as what the alert rests on is there.
+    """
+
+    name: str
+    make: Callable[[Cluster], Context]
+    alerts: Sequence[str] = ()
+    seen: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a fault. `evaluations` is None where no alert was to tell of it."""
+
+    name: str
+    database: str
+    alert: str
+    evaluations: float | None
+    recovery_seconds: float
+
+    @property
+    def as_promised(self) -> bool:
+        """Whether it was told of and passed as promised."""
+        told = self.evaluations is None or self.evaluations <= MOST_EVALUATIONS
+        return told and self.recovery_seconds <= MOST_RECOVERY_SECONDS
+
+
+DOWN, BROKER, DATABASE = "ThumbwheelPartDown", "ThumbwheelBrokerAway", "ThumbwheelDatabaseAway"
+_NOT_UP = "up == 0"
+_NO_BROKER = "thumbwheel_stream_up == 0"
+_NO_DATABASE = "thumbwheel_collector_database_up == 0 or up == 0"
+
+
+def cases(database: str) -> list[Case]:
+    """All that can be done to a collector on "sqlite" or "postgres"."""
+    made = [Case(f"clients {fault}", _link("clients", fault)) for fault in FAULTS]
+    made += [Case(f"broker {fault}", _link("broker", fault), (BROKER,), _NO_BROKER) for fault in FAULTS]
+    made += [
+        Case("collector kill -9", _killed, (DOWN,), _NOT_UP),
+        Case("collector stopped", _stopped, (DOWN,), _NOT_UP),
+        Case("broker kill -9", _without_broker, (BROKER,), _NO_BROKER),
+        Case("memory", _without_memory, (DOWN, DATABASE), _NO_DATABASE),
+        Case("clock", _clock_jumps, ("ThumbwheelClockOff",), "abs(thumbwheel_clock_timestamp_seconds - time()) > 30"),
+    ]
+    if database == "postgres":
+        # Where the database does not answer, neither may the collector's metrics in time.
+        away = (DATABASE, DOWN, "ThumbwheelCommitsSlow")
+        made += [Case(f"database {fault}", _link("database", fault), away, _NO_DATABASE) for fault in FAULTS]
+        made += [
+            Case("database kill -9", _without_database, (DATABASE,), _NO_DATABASE),
+            Case("database stopped", _database_stopped, away, _NO_DATABASE),
+        ]
+    else:
+        commits = "sum by (le, instance) (rate(thumbwheel_collector_commit_seconds_bucket[1m]))"
+        slow = f"histogram_quantile(0.99, {commits}) > 1"
+        full = "thumbwheel_disk_free_bytes / thumbwheel_disk_size_bytes < 0.1"
+        made += [
+            Case("disk slow", _slow_disk, ("ThumbwheelCommitsSlow",), slow),
+            Case("disk full", _full_disk, ("ThumbwheelDiskFull",), full),
+        ]
+    return made
+
+
+def _link(name: str, fault: Fault) -> Callable[[Cluster], Context]:
+    @contextlib.asynccontextmanager
+    async def make(made: Cluster) -> AsyncIterator[None]:
+        # What is late for a client is late for all that wait: shorter than a call's deadline.
+        seconds = 1.0 if name == "clients" else _LATE_SECONDS
+        with made.links[name].failing(fault, seconds):
+            yield
+
+    return make
+
+
+@contextlib.asynccontextmanager
+async def _killed(made: Cluster) -> AsyncIterator[None]:
+    made.collector.kill()
+    yield
+    await asyncio.to_thread(made.start_collector)
+
+
+@contextlib.asynccontextmanager
+async def _stopped(made: Cluster) -> AsyncIterator[None]:
+    made.collector.popen.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        made.collector.popen.send_signal(signal.SIGCONT)
+
+
+@contextlib.asynccontextmanager
+async def _without_broker(made: Cluster) -> AsyncIterator[None]:
+    await asyncio.to_thread(made.kill_broker)
+    yield
+    made.start_broker()  # in this thread: the broker ends with the thread that started it
+
+
+@contextlib.asynccontextmanager
+async def _without_database(made: Cluster) -> AsyncIterator[None]:
+    assert made.postgres is not None
+    await asyncio.to_thread(made.postgres.kill)
+    yield
+    await asyncio.to_thread(made.postgres.start)
+
+
+@contextlib.asynccontextmanager
+async def _database_stopped(made: Cluster) -> AsyncIterator[None]:
+    assert made.postgres is not None
+    made.postgres.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        made.postgres.signal(signal.SIGCONT)
+
+
+@contextlib.asynccontextmanager
+async def _without_memory(made: Cluster) -> AsyncIterator[None]:
+    """No more memory than it has now: what asks for some fails, and the process may end of it."""
+    process = psutil.Process(made.collector.popen.pid)
+    process.rlimit(resource.RLIMIT_AS, (process.memory_info().vms, resource.RLIM_INFINITY))
+    yield
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process.rlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    # What supervises it would do the same where it has ended, or answers its probe no more.
+    made.collector.kill()
+    await asyncio.to_thread(made.start_collector)
+
+
+@contextlib.asynccontextmanager
+async def _clock_jumps(made: Cluster) -> AsyncIterator[None]:
+    _clock(made.home).write_text("+2h")
+    yield
+    _clock(made.home).write_text("+0")
+
+
+@contextlib.asynccontextmanager
+async def _slow_disk(made: Cluster) -> AsyncIterator[None]:
+    """Commits wait for two seconds, again and again."""
+    ending = asyncio.Event()
+
+    def hold() -> None:
+        with contextlib.closing(sqlite3.connect(made.file, timeout=60.0, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            time.sleep(2.0)  # that is the fault
+            other.execute("ROLLBACK")
+
+    async def again() -> None:
+        while not ending.is_set():
+            await asyncio.to_thread(hold)
+            await asyncio.sleep(0.1)
+
+    holding = asyncio.create_task(again())
+    try:
+        yield
+    finally:
+        ending.set()
+        await holding
+
+
+@contextlib.asynccontextmanager
+async def _full_disk(made: Cluster) -> AsyncIterator[None]:
+    filler = made.home / "filler"
+    await asyncio.to_thread(_fill, filler)
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+def _fill(path: Path) -> None:
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def _clock(home: Path) -> Path:
+    return home / "clock"
+
+
+def faked_clock(home: Path) -> dict[str, str]:
+    """What a process is started with for its wall clock to be as the file says; time that passes is left alone."""
+    libraries = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+    if not libraries:
+        raise FileNotFoundError("libfaketime is not there. On Debian type: sudo apt-get install libfaketime")
+    _clock(home).write_text("+0")
+    return {
+        "LD_PRELOAD": str(libraries[0]),
+        "FAKETIME_TIMESTAMP_FILE": str(_clock(home)),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
+
+
+async def run(
+    database: str, seed: int, chosen: Callable[[str], bool], say: Callable[[str], None]
+) -> tuple[list[Outcome], Verdict, float]:
+    """All faults that are chosen, in an order that the seed decides, on one deployment.
+
+    Returns what became of each, the verdict on all of it, and how often a submission was done, by submission.
+    """
+    todo = [case for case in cases(database) if chosen(case.name)]
+    random.Random(seed).shuffle(todo)
+    with (
+        _home(database) as home,
+        cluster(database, proxied=True, environment=faked_clock(home), home=home) as made,
+        prometheus(
+            Path(tempfile.mkdtemp(prefix="thumbwheel-prometheus-")),
+            {"collector": f"127.0.0.1:{made.collector.metrics_port}"},
+            evaluation_seconds=_EVALUATION_SECONDS,
+        ) as watching,
+    ):
+        load = Load(made.deployment, random.Random(seed))
+        outcomes = []
+        async with voting(made, load):
+            for case in todo:
+                say(f"  {case.name} ...")
+                await _calm(watching, load, case)
+                outcomes.append(await _one(case, database, made, watching, load))
+                say(_told(outcomes[-1]))
+        distinct = len({entry.vote.key for entry in load.journal if isinstance(entry, Asked)})
+        return outcomes, await settled(made, load), (distinct + load.done_again) / distinct
+
+
+async def _one(case: Case, database: str, made: Cluster, watching: Prometheus, load: Load) -> Outcome:
+    alert, evaluations = "", None
+    async with case.make(made):
+        least = time.monotonic() + _LEAST_SECONDS
+        if case.alerts:
+            alert, evaluations = await _told_of(case, watching)
+        await asyncio.sleep(max(0.0, least - time.monotonic()))
+    healed = time.monotonic()
+    load.acked_at, load.asked_after = 0.0, healed
+    [(behind,)] = await asyncio.to_thread(made.query, "SELECT coalesce(max(id), 0) FROM outbox")
+    if case.name.startswith("broker kill"):
+        made.publish(load.generations)
+    left = f"SELECT count(*) FROM outbox WHERE published_at IS NULL AND id <= {behind}"
+    async with asyncio.timeout(_SETTLE_SECONDS):
+        while not load.acked_at or (await asyncio.to_thread(made.query, left))[0][0]:  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.02)
+    return Outcome(case.name, database, alert, evaluations, time.monotonic() - healed)
+
+
+async def _told_of(case: Case, watching: Prometheus) -> tuple[str, float]:
+    """Which of the alerts fires first, and how many evaluations after Prometheus could see the fault."""
+    deadline, seen = time.monotonic() + _ALERT_SECONDS, 0.0
+    while time.monotonic() < deadline:
+        now = time.monotonic()
+        if firing := sorted(set(case.alerts) & await asyncio.to_thread(watching.firing)):
+            return firing[0], round(max(0.0, now - (seen or now)) / watching.evaluation_seconds, 1)
+        if not seen and len(await asyncio.to_thread(watching.query, case.seen)):
+            seen = now
+        await asyncio.sleep(0.05)
+    raise TimeoutError(f"{case.name}: none of {', '.join(case.alerts)} fires after {_ALERT_SECONDS:g} s")
+
+
+async def _calm(watching: Prometheus, load: Load, case: Case) -> None:
+    """Until nothing fires of what the next fault is to raise, and clients are answered."""
+    acked = len(load.journal)
+    async with asyncio.timeout(2 * _ALERT_SECONDS + 30.0):
+        while set(case.alerts) & {alert.name for alert in await asyncio.to_thread(watching.alerts)}:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+        while len(load.journal) < acked + 20:  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.1)
+
+
+@contextlib.contextmanager
+def _home(database: str) -> Iterator[Path]:
+    """A folder; for SQLite on a small file system of its own (see `disk.IN_A_NAMESPACE`)."""
+    with tempfile.TemporaryDirectory(prefix="thumbwheel-home-") as folder:
+        if database != "sqlite":
+            yield Path(folder)
+            return
+        size = f"size={_DISK_BYTES}"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], check=True, timeout=60)
+        try:
+            yield Path(folder)
+        finally:
+            subprocess.run(["umount", "--lazy", folder], check=True, timeout=60)
+
+
+def _told(outcome: Outcome) -> str:
+    told = (
+        "no alert is to tell of it"
+        if outcome.evaluations is None
+        else (f"{outcome.alert} after {outcome.evaluations:g} evaluations")
+    )
+    missed = "" if outcome.as_promised else "  MISSED"
+    return f"  {outcome.name:<22} {told}; as before {outcome.recovery_seconds:.1f} s after it healed{missed}"
+
+
+def summary(
+    outcomes: Sequence[Outcome], verdicts: Sequence[Verdict], retries: Sequence[float], seed: int
+) -> dict[str, Any]:
+    """The closing line."""
+    return {
+        "faults": "alerted",
+        "seed": seed,
+        "injected": len(outcomes),
+        "alerted": sum(outcome.evaluations is not None for outcome in outcomes),
+        "most_evaluations": max((outcome.evaluations or 0.0 for outcome in outcomes), default=0.0),
+        "most_recovery_seconds": round(max((outcome.recovery_seconds for outcome in outcomes), default=0.0), 2),
+        "lost": sum(len(verdict.lost) for verdict in verdicts),
+        "doubled": sum(len(verdict.doubled) for verdict in verdicts),
+        "reordered": sum(len(verdict.reordered) for verdict in verdicts),
+        "wrong": sum(len(verdict.wrong) for verdict in verdicts),
+        "retries": round(max(retries, default=1.0), 4),
+        "acknowledged": sum(verdict.counts["acknowledged"] for verdict in verdicts),
+        "missed": [f"{outcome.database}: {outcome.name}" for outcome in outcomes if not outcome.as_promised],
+    }
+
+
+def main() -> int:
+    """Parses the arguments, runs, and says how it went; status 1 where a promise was not kept."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults.alerted", description=__doc__.splitlines()[0])
+    parser.add_argument("--database", choices=["sqlite", "postgres", "both"], default="both")
+    parser.add_argument("--seed", type=int, default=1, help="decides the order (default %(default)s)")
+    parser.add_argument("--only", default="", help="those faults alone whose names begin so")
+    given = parser.parse_args()
+    outcomes: list[Outcome] = []
+    verdicts, retries = [], []
+    for database in ["sqlite", "postgres"] if given.database == "both" else [given.database]:
+        print(f"{database}, seed {given.seed}", flush=True)
+        came, verdict, tries = asyncio.run(
+            run(database, given.seed, lambda name: name.startswith(given.only), lambda line: print(line, flush=True))
+        )
+        outcomes += came
+        verdicts.append(verdict)
+        retries.append(tries)
+        for kind in ("lost", "doubled", "reordered", "wrong"):
+            for violation in getattr(verdict, kind):
+                print(f"  {kind.upper()}: {violation}")
+    print(json.dumps(summary(outcomes, verdicts, retries, given.seed)))
+    kept = all(outcome.as_promised for outcome in outcomes) and max(retries) <= MOST_RETRIES
+    return 0 if kept and all(verdict.holds for verdict in verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
