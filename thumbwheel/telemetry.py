@@ -136,9 +136,28 @@ def metrics_server(port: int, *, process: str, host: str = "127.0.0.1") -> Itera
             f"{process} cannot serve metrics on {host}:{port}: {error.strerror}.",
             remedy="Choose another port with --metrics-port, or stop the process that has it.",
         ) from error
+    server.set_app(_with_colons(server.get_app()))
     try:
         yield server.server_port
     finally:
         server.shutdown()
         server.server_close()
         thread.join(5.0)
+
+
+def _with_colons(app: Any) -> Any:
+    """Names keep their colons, of which vLLM's are full, also for a Prometheus before its third release.
+
+    To who asks for OpenMetrics and does not say that UTF-8 is fine, prometheus_client 0.26 writes `vllm_` for `vllm:`.
+    All names that we serve are such as any release knows, so nothing else changes.
+    """
+
+    def answer(environ: dict[str, Any], start_response: Any) -> Any:
+        accepted = environ.get("HTTP_ACCEPT", "").split(",")
+        environ["HTTP_ACCEPT"] = ",".join(
+            f"{one};escaping=allow-utf-8" if "openmetrics-text" in one and "escaping=" not in one else one
+            for one in accepted
+        )
+        return app(environ, start_response)
+
+    return answer

@@ -60,6 +60,9 @@ async def watched(folder: Path, *, trace_endpoint: str = "") -> AsyncIterator[Wa
                 await until(_is(client.policy, "policy-000001"), timeout=_LIVE_SECONDS)
                 await until(_is(client.reward, "reward-000001"), timeout=_LIVE_SECONDS)
                 await traffic(client)
+                # What of it is learnt in a second round goes live as well before anything is asserted.
+                await until(_is(client.policy, "policy-000002"), timeout=_LIVE_SECONDS)
+                await until(_is(client.reward, "reward-000002"), timeout=_LIVE_SECONDS)
                 yield Watched(stack, client, watching, settings.logs_path)
 
 

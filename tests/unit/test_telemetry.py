@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry, Gauge
 
 from tests.certificates import Authority
 from thumbwheel import telemetry, tls
@@ -59,3 +59,23 @@ def test_exemplars_are_served_to_who_asks_for_openmetrics() -> None:
         with urllib.request.urlopen(request, timeout=10) as answer:
             assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
             assert b'thumbwheel_build_info{process="test",version="' in answer.read()
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,text/plain;q=0.5",
+        "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,text/plain;version=0.0.4;q=0.3",
+        "text/plain;version=0.0.4",
+    ],
+    ids=["prometheus 2", "prometheus 3", "plain"],
+)
+def test_names_keep_their_colons(accept: str) -> None:
+    gauge = Gauge("vllm:test_requests", "As vLLM names its own.")
+    try:
+        with telemetry.metrics_server(0, process="test") as port:
+            request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers={"Accept": accept})
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                assert b"\nvllm:test_requests 0.0\n" in answer.read()
+    finally:
+        REGISTRY.unregister(gauge)
