@@ -148,6 +148,7 @@ async def measure(service: Service, rounds: int, seconds: float) -> dict[str, li
                     await asyncio.to_thread(service.scrape)
             found[mode].append((load.tokens - before) / (time.perf_counter() - began))
     harness.progress("", 1.0)
+    assert not running.done(), running.exception()
     running.cancel()
     await asyncio.wait([running])
     return found

@@ -212,7 +212,7 @@ class AsyncClient:
         def open_call(
             feed: AsyncIterator[policy_pb.GenerateBulkRequest], left: float
         ) -> grpc.aio.StreamStreamCall[policy_pb.GenerateBulkRequest, policy_pb.GenerateBulkResponse]:
-            return self._policy.stub.GenerateBulk(feed, timeout=left, metadata=self._metadata)
+            return self._policy.stub.GenerateBulk(feed, timeout=left, metadata=(*self._metadata, *tracing.outgoing()))
 
         return bulk.responses(open_call, requests, timeout=timeout)
 
@@ -240,7 +240,9 @@ class AsyncClient:
         has come by then is the caller's to keep.
         """
         requests = (reward_pb.ScoreStreamRequest(item=item) for item in items)
-        call = self._reward.stub.ScoreStream(requests, timeout=self._timeout, metadata=self._metadata)
+        call = self._reward.stub.ScoreStream(
+            requests, timeout=self._timeout, metadata=(*self._metadata, *tracing.outgoing())
+        )
         try:
             async for response in call:
                 yield response

@@ -71,7 +71,7 @@ class CollectorSettings(ServerSettings):
     loss_check_seconds: float = Field(default=2.0, gt=0)
     """While there is nothing to publish, how often to look whether the broker has lost its topics."""
 
-    max_backoff_seconds: float = Field(default=5.0, gt=0)
+    max_backoff_seconds: float = Field(default=2.0, gt=0)
     """Longest pause between two attempts to reach the broker, or to write to a full disk."""
 
     tenants: Path | None = None

@@ -35,7 +35,6 @@ class Cluster:
     disk: Path | None = None
     proxied: bool = False
     """Whether everything goes through `links`: of the clients, to the broker, to the database."""
-    environment: dict[str, str] = field(default_factory=dict)
     deployment: Deployment = field(init=False)
     links: dict[str, Proxy] = field(default_factory=dict)
     stream: list[Delivery] = field(default_factory=list)
@@ -58,7 +57,7 @@ class Cluster:
                 self.links["database"] = Proxy(self.postgres.port)
                 url = url.replace(f":{self.postgres.port}/", f":{self.links['database'].port}/")
         arguments += ["--database", url, *self.options]
-        self.collector = Process("services.collector", arguments, self.home / "collector.log", self.environment)
+        self.collector = Process("services.collector", arguments, self.home / "collector.log")
         if self.proxied:
             self.links["clients"] = Proxy(self.collector.port)
         self._log: Log = open_log(self.broker.bootstrap_servers)
@@ -140,13 +139,12 @@ def cluster(
     disk: Path | None = None,
     *,
     proxied: bool = False,
-    environment: dict[str, str] | None = None,
     home: Path | None = None,
 ) -> Iterator[Cluster]:
     """A cluster on "sqlite" or "postgres", started, and gone at the end with all that it wrote."""
     with tempfile.TemporaryDirectory(prefix="thumbwheel-faults-") as folder:
         postgres = Postgres() if database == "postgres" else None
-        made = Cluster(home or Path(folder), postgres, options, disk, proxied, environment or {})
+        made = Cluster(home or Path(folder), postgres, options, disk, proxied)
         try:
             made.start()
             yield made

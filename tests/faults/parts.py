@@ -264,7 +264,7 @@ async def _told_of(watching: Prometheus, what: str, alert: str, seen: str, repor
 
 async def _damaged(wheel: Wheel, watching: Prometheus, report: Report) -> None:
     """Three versions whose weights have a bit flipped; the trainer is ended first, whose numbers they take."""
-    assert await asyncio.to_thread(wheel.parts["trainer"].stop) == 0
+    assert await asyncio.to_thread(wheel.parts["trainer"].stop, _WAIT_SECONDS) == 0
     store = wheel.deployment.store
     log = open_log(wheel.broker.bootstrap_servers)
     producer = log.producer()
