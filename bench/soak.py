@@ -199,6 +199,7 @@ def plot(soak: Soak, path: Path) -> None:
     for axes in panels.flat:
         axes.set_xlabel("minutes")
         axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
@@ -231,7 +232,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--model", default="", help="a folder or a Hugging Face id; a tiny random one where left out")
-    parser.add_argument("--plot", type=Path, default=Path("soak.png"))
+    parser.add_argument("--plot", type=Path, default=Path("bench-out/soak.png"))
     given = parser.parse_args()
     soak = asyncio.run(run(given.minutes, given.model))
     plot(soak, given.plot)
