@@ -68,10 +68,11 @@ class Model:
 async def running(settings: EngineSettings, role: ModelRole.ValueType, *, process: str) -> AsyncIterator[Model]:
     """The model of a role, started and, at the end, ended. What is set wrong is said before the engine starts.
 
-    Raises `errors.FailedPrecondition` where the settings, the keys or the store do not allow it.
+    Raises `errors.FailedPrecondition` where the settings, the port, the keys or the store do not allow it.
     """
     security = Security.load(settings)
     security.check_address(settings.listen)
+    serving.check_port(process, settings.listen)
     store = LocalStore(settings.store_path, ManifestVerifier.load(settings.keys_path))
     held = HeldVersions(settings.held_path(process), store)
     fetch_seconds = settings.swap_fetch_seconds

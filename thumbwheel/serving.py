@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -203,11 +204,27 @@ def _bind(
     except RuntimeError:
         port = 0
     if port == 0:
-        raise errors.PortInUse(
-            f"{process} cannot listen on {listen}: the port is taken.",
-            remedy="Choose another with --listen, or stop the process that has it.",
-        )
+        raise _taken(process, listen)
     return port
+
+
+def _taken(process: str, listen: str) -> errors.PortInUse:
+    return errors.PortInUse(
+        f"{process} cannot listen on {listen}: the port is taken.",
+        remedy="Choose another with --listen, or stop the process that has it.",
+    )
+
+
+def check_port(process: str, listen: str) -> None:
+    """Raises `errors.PortInUse` where another process listens there. To be asked before anything that takes long."""
+    host, port = split_address(listen)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise _taken(process, listen) from error
 
 
 async def serve(

@@ -105,6 +105,9 @@ async def test_a_taken_port_names_itself() -> None:
     first = Running(Service(answer))
     async with AsyncClient(policy=first.address, timeout=10) as client:
         await client.generate("hi")
+        with pytest.raises(errors.PortInUse, match=first.address):
+            serving.check_port("second", first.address)
+        serving.check_port("second", "127.0.0.1:0")
         second = Running(Service(answer))
         second.task.cancel()
         with pytest.raises(errors.PortInUse, match=first.address):

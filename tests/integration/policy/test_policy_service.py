@@ -392,7 +392,7 @@ def test_a_taken_port_is_said_plainly(world: World, processes: list[Process]) ->
         taken.listen()
         process = world.another(processes, "taken")
         process.port = taken.getsockname()[1]
-        assert process.start().popen.wait(150) == 1
+        assert process.start().popen.wait(60) == 1
     assert any(f"cannot listen on {process.address}" in message for message in process.errors())
 
 

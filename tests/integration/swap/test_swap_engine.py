@@ -302,18 +302,41 @@ async def test_what_becomes_of_requests_in_flight_is_as_the_mode_says(world: Wor
             assert len(output.token_ids) == length
 
 
+def generating_on(world: World) -> Generating:
+    """What the policy service runs requests with, on this engine; nothing is recorded."""
+    folder = world.versions[0].path
+    return Generating(
+        engine=world.engine,
+        encoder=PromptEncoder(folder),
+        recorder=SimpleNamespace(record=lambda event: None),  # type: ignore[arg-type]  # nobody reads it here
+        key=ReceiptKey.load(folder.parents[1] / "keys"),
+        limits=Limits(2048, 1900),
+    )
+
+
+async def test_deltas_are_put_together_for_as_long_as_is_set(world: World) -> None:
+    generating = generating_on(world)
+    sampling = pb.SamplingParams(temperature=0.0, max_tokens=150, ignore_eos=True, top_logprobs=2)
+    asked = generating.check(pb.Prompt(text="Tell me"), sampling, tenant="t", stream=True)
+    *each, whole = [piece async for piece in generating.pieces(asked, 0, stream=True)]
+    *held, again = [piece async for piece in generating.pieces(asked, 0, stream=True, coalesce=0.1)]
+    assert len(each) > 100
+    assert 2 <= len(held) < 50
+    assert isinstance(whole, pb.Generation)
+    assert isinstance(again, pb.Generation)
+    assert (again.text, again.token_ids, again.logprobs) == (whole.text, whole.token_ids, whole.logprobs)
+    for pieces, finished in ((each, whole), (held, again)):
+        assert "".join(piece.text for piece in pieces) == finished.text
+        assert [token for piece in pieces for token in piece.token_ids] == list(finished.token_ids)
+        assert [one for piece in pieces for one in piece.logprobs] == list(finished.logprobs)
+        assert [one for piece in pieces for one in piece.top_logprobs] == list(finished.top_logprobs)
+
+
 async def test_a_cancelled_call_frees_its_slot_within_one_step(world: World) -> None:
     """All slots are taken, and one more call waits. Of two calls over gRPC, one is cancelled: at the next step that is
     put together, the other has its place. Steps are counted by the tokens of a request that goes on throughout.
     """
-    encoder, version = PromptEncoder(world.versions[0].path), world.versions[0]
-    generating = Generating(
-        engine=world.engine,
-        encoder=encoder,
-        recorder=SimpleNamespace(record=lambda event: None),  # type: ignore[arg-type]  # nobody reads it here
-        key=ReceiptKey.load(version.path.parents[1] / "keys"),
-        limits=Limits(2048, 1900),
-    )
+    generating = generating_on(world)
     admission = Admission(slots=SLOTS, most=64, max_wait=60.0)
     service = PolicyService(generating, admission, Bulk(generating, slots=2, people=lambda: 0), coalesce=0.0)
     server = grpc.aio.server()
