@@ -346,12 +346,14 @@ def health_server(*, process: str, listen: str, metrics_port: int) -> Iterator[C
 
 def run(process: str, main: Awaitable[None]) -> None:
     """Runs a service to its end. A known error is logged and ends the process with status 1."""
+    import uvloop
 
     async def _main() -> None:
         await main
 
     try:
-        asyncio.run(_main())
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_main())
     except errors.ThumbwheelError as error:
         logger.critical("%s", error)
         raise SystemExit(1) from None
