@@ -51,6 +51,10 @@ class Engine:
         kwargs: dict[str, Any] = (
             {"runner": "pooling", "convert": "classify"} if pooling else {"scheduling_policy": "priority"}
         )
+        if current_platform.is_cpu():
+            from services.executor import RestingExecutor
+
+            kwargs["distributed_executor_backend"] = RestingExecutor
         args = AsyncEngineArgs(
             model=str(version.path),
             dtype="bfloat16",
