@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import re
-import statistics
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -263,12 +263,18 @@ async def test_bulk_answers_everything_and_is_recorded_as_shown_to_nobody(world:
 
 
 async def test_rollouts_hardly_delay_people(client: AsyncClient) -> None:
-    """The 99th percentile of the time to the first token, with rollouts running, is at most 1.5 times that without."""
-    sampling = pb.SamplingParams(max_tokens=8, ignore_eos=True)
+    """The 99th percentile of the time to the first token, with rollouts running, is at most 1.5 times that without.
+
+    People's prompts are as long as conversations are: a step of this tiny model takes a few milliseconds, which is what
+    a busy machine takes for itself now and then.
+    """
+    sampling = pb.SamplingParams(max_tokens=16, ignore_eos=True)
+    dice = random.Random(0)
 
     async def first_token() -> float:
+        prompt = pb.Prompt(tokens=pb.TokenIds(ids=dice.choices(range(10, 300), k=1500)))
         started = time.perf_counter()
-        stream = client.stream("How long does it take?", sampling=sampling)
+        stream = client.stream(prompt, sampling=sampling)
         await anext(stream)
         taken = time.perf_counter() - started
         async for _ in stream:
@@ -276,7 +282,12 @@ async def test_rollouts_hardly_delay_people(client: AsyncClient) -> None:
         return taken
 
     async def people(count: int) -> list[float]:
-        return [taken for _ in range(count) for taken in await asyncio.gather(first_token(), first_token())]
+        """Three at once, each with one question after the other, so that they meet each other's steps too."""
+
+        async def person() -> list[float]:
+            return [await first_token() for _ in range(count)]
+
+        return [taken for times in await asyncio.gather(*(person() for _ in range(3))) for taken in times]
 
     async def rollouts() -> None:
         async for _ in client.bulk(_bulk(10_000, max_tokens=200)):
@@ -286,20 +297,19 @@ async def test_rollouts_hardly_delay_people(client: AsyncClient) -> None:
         return (await client.policy()).requests_in_flight == SLOTS // 4
 
     await people(5)
-    ratios = []
-    for _ in range(5):  # in turns, so that whatever else the machine does befalls both
-        without = await people(12)
+    without: list[float] = []
+    beside: list[float] = []
+    for _ in range(10):  # in turns, so that whatever else the machine does befalls both
+        without += await people(12)
         running = asyncio.create_task(rollouts())
         await until(rolling)
-        beside = await people(12)
+        beside += await people(12)
         running.cancel()
         await asyncio.wait([running])
         await _idle(client)
-        p99 = [sorted(times)[int(0.99 * len(times))] for times in (without, beside)]
-        print(f"p99 first token: {p99[0]:.4f} s without rollouts, {p99[1]:.4f} s beside them")
-        ratios.append(p99[1] / p99[0])
-    # The middle one: a machine that others use too stops now and then, for longer than what is measured.
-    assert statistics.median(ratios) <= 1.5
+    p50, p90, p99 = ([sorted(times)[int(q * len(times))] for times in (without, beside)] for q in (0.5, 0.9, 0.99))
+    print(f"first token without rollouts, and beside them: p50 {p50}, p90 {p90}, p99 {p99}")
+    assert p99[1] <= 1.5 * p99[0]
 
 
 async def test_what_a_lost_broker_held_is_recorded_again(world: World, client: AsyncClient) -> None:
