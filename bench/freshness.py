@@ -31,12 +31,14 @@ TOKENS = 32
 WAIT_SECONDS = 300.0
 
 
-async def ours(home: Path, base_port: int, steps: int, seed: int) -> tuple[list[float], list[dict[str, Any]]]:
+async def ours(
+    home: Path, model: str, base_port: int, steps: int, seed: int
+) -> tuple[list[float], list[dict[str, Any]]]:
     """Seconds from every click to the first token that learnt it, without those of the first step; and its pairs."""
     from thumbwheel.client import AsyncClient
     from thumbwheel.stack import Stack, StackSettings
 
-    settings = StackSettings(home=home, base_port=base_port)
+    settings = StackSettings(home=home, base_port=base_port, model=model)
     environment = {
         "THUMBWHEEL_TASKS": "policy",
         "THUMBWHEEL_ROUND_SIZE": str(PAIRS),
@@ -96,14 +98,14 @@ async def _first_token(client: Any, sequence: int) -> float:
     raise AssertionError("a stream without a token")
 
 
-def bare(pairs: Sequence[dict[str, Any]], repeats: int) -> tuple[list[float], list[float]]:
+def bare(pairs: Sequence[dict[str, Any]], model: str, repeats: int) -> tuple[list[float], list[float]]:
     """Seconds of bare steps on these pairs, and of bare reloads, each in a process that does nothing else."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "pairs.json")
         path.write_text(json.dumps(list(pairs)))
         found = []
         for what in ("step", "reload"):
-            command = [sys.executable, "-m", "bench.freshness_bare", what, str(path), str(repeats)]
+            command = [sys.executable, "-m", "bench.freshness_bare", what, str(path), str(repeats), model]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=WAIT_SECONDS)
             found.append(json.loads(done.stdout.splitlines()[-1]))
     return found[0], found[1]
@@ -115,14 +117,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="steps of eight pairs in a round, after the first")
     parser.add_argument("--base-port", type=int, default=23500)
+    parser.add_argument("--model", default="", help="a Hugging Face id or a folder; left out: the default model")
     options = parser.parse_args()
     ratio = harness.Ratio("click_to_live_vs_bare", "s", harness.Target(most=1.3))
     clicks: list[float] = []
     for number in range(options.rounds):
         harness.progress(f"round {number + 1} of {options.rounds}", number / options.rounds)
         with tempfile.TemporaryDirectory() as home:
-            seconds, pairs = asyncio.run(ours(Path(home), options.base_port, options.steps, number))
-        steps, reloads = bare(pairs, options.steps)
+            seconds, pairs = asyncio.run(ours(Path(home), options.model, options.base_port, options.steps, number))
+        steps, reloads = bare(pairs, options.model, options.steps)
         clicks += seconds
         ratio.add(statistics.median(seconds), statistics.median(steps) + statistics.median(reloads))
         print(

@@ -65,7 +65,7 @@ def main() -> None:
     from trainer import base
 
     what, path, repeats = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    model = base.fetch(None)
+    model = base.fetch(sys.argv[4] or None)
     if what == "step":
         runtime.before_imports()
     work = step(model, path) if what == "step" else reload(model)

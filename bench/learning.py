@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12, help="prompts a round")
     parser.add_argument("--pairs", type=int, default=32, help="pairs of an offline run")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default="", help="a Hugging Face id or a folder; left out: the default model")
     parser.add_argument("--report", action="store_true", help="only report on the runs that are there")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
@@ -65,7 +66,9 @@ def main() -> None:
     missing = [] if options.report else [job for job in chosen if not (options.output / f"{job}.json").exists()]
     for number, job in enumerate(missing):
         progress(job, number / len(missing))
-        arguments = {name: str(getattr(options, name)) for name in ("output", "rounds", "prompts", "pairs", "seed")}
+        arguments = {
+            name: str(getattr(options, name)) for name in ("output", "rounds", "prompts", "pairs", "seed", "model")
+        }
         flags = [part for name, value in arguments.items() for part in (f"--{name}", value)]
         log = options.output / f"{job}.log"
         with log.open("w") as out:
@@ -87,7 +90,7 @@ def report(folder: Path) -> None:
         ours, trl = runs.get(f"offline_{name}_ours"), runs.get(f"offline_{name}_trl")
         if ours and trl:
             noise = math.sqrt(sum(one["accuracy"] * (1 - one["accuracy"]) / one["held_out"] for one in (ours, trl)))
-            ratios[f"{name}_vs_trl"] = round(ours["accuracy"] / trl["accuracy"], 3)
+            ratios[f"{name}_vs_trl"] = round(ours["accuracy"] / trl["accuracy"], 3) if trl["accuracy"] else math.nan
             print(
                 f"offline {name:<6} held-out preferences won: ours {ours['accuracy']:.3f}, TRL {trl['accuracy']:.3f}, "
                 f"before {ours['accuracy_before']:.3f}, one standard error of the difference {noise:.3f}"

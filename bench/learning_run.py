@@ -22,7 +22,7 @@ RATE = 5e-5
 class World:
     """The base model, its tokenizer, the prompts, and the users."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, model: str) -> None:
         from transformers import AutoTokenizer
 
         from thumbwheel.demo.preferences import DEFAULT, PREFERENCES
@@ -30,7 +30,7 @@ class World:
         from trainer import base
 
         self.seed = seed
-        self.base: Path = base.fetch(None)
+        self.base: Path = base.fetch(model or None)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(self.base))
         self.eos = int(self.tokenizer.eos_token_id)
         self.users = PREFERENCES[DEFAULT]
@@ -254,10 +254,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     for name in ("rounds", "prompts", "pairs", "seed"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--model", default="")
     options = parser.parse_args()
     runtime.before_imports()
     runtime.prepare(threads=0)
-    world = World(options.seed)
+    world = World(options.seed, options.model)
     kind, _, name = options.job.partition("_")
     found: Mapping[str, Any]
     if kind == "online":

@@ -18,8 +18,10 @@ _ROWS = 64
 @torch.no_grad()
 def sample(model: Any, prompts: Sequence[Tokens], *, eos: int, max_tokens: int, seed: int) -> list[Tokens]:
     """A response to each prompt, drawn at temperature 1, with its end-of-text token where it ended by itself."""
-    was_training = model.training
+    was_training, attention = model.training, model.config._attn_implementation
     model.eval()
+    # Ours makes no number of a padded place that looks at nothing; torch's own does.
+    model.set_attn_implementation("sdpa")
     responses: list[Tokens] = []
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -41,6 +43,7 @@ def sample(model: Any, prompts: Sequence[Tokens], *, eos: int, max_tokens: int, 
                 pad_token_id=eos,
             )
             responses += [_until_end(row[length:].tolist(), eos) for row in out]
+    model.set_attn_implementation(attention)
     model.train(was_training)
     return responses
 
