@@ -68,14 +68,19 @@ class PromptEncoder:
             return ids
         raise errors.InvalidArgument("is missing.", field=field, remedy="Set chat, text or tokens.")
 
-    def encode_scored(self, prompt: Prompt, response: str, *, field: str, response_field: str) -> list[int]:
-        """Token ids of a prompt, a response to it and the end-of-text token, at which a reward model is read.
+    def encode_scored(self, prompt: Prompt, response: str, *, limit: int, field: str, response_field: str) -> list[int]:
+        """Token ids of a prompt, a response to it and the end-of-text token, at which a reward model is read: at most
+        `limit`. Of a dialogue that is longer the beginning is cut, and the last reply is whole.
 
-        The trainer builds the same sequence (`trainer.batch`), so that what is learnt is what is asked.
+        The trainer builds the same sequence (`trainer.batch`), so that what is learnt is what is asked. Raises
+        `errors.InvalidArgument`, also for a response that leaves no room for a prompt.
         """
         if not response:
             raise errors.InvalidArgument("is empty.", field=response_field, remedy="There is nothing to score.")
-        return [*self.encode(prompt, field=field), *self._plain(response), self.tokenizer.eos_token_id]
+        read = self.encode(prompt, field=field)
+        reply = [*self._plain(response), self.tokenizer.eos_token_id]
+        check_length(reply, limit - 1, field=response_field)
+        return [*read[-(limit - len(reply)) :], *reply]
 
     def _plain(self, text: str) -> list[int]:
         return [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]

@@ -68,7 +68,9 @@ class SwapWorker(StagingWorker):
         return logprobs
 
     def probe_score(self, tokens: Sequence[int]) -> list[float]:
-        """[1] A reward model's score of `tokens`, by the weights as they are now; otherwise as `probe_logprobs`."""
+        """[1] A reward model's score of `tokens`, by its first head and the weights as they are now; otherwise as
+        `probe_logprobs`.
+        """
         from vllm import PoolingParams
 
         params = PoolingParams(task="classify", use_activation=False)
@@ -76,7 +78,7 @@ class SwapWorker(StagingWorker):
         output = self._run_alone(tokens, sampling_params=None, pooling_params=params)
         if output is None or not output.pooler_output:
             return []
-        return [float(output.pooler_output[0].float().item())]
+        return [float(output.pooler_output[0].float().flatten()[0])]
 
     def _run_alone(self, tokens: Sequence[int], **params: Any) -> Any:
         """One step with one request in it, and its traces removed. What the model runner answers, or None."""

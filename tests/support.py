@@ -25,6 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from thumbwheel.auth import ManifestSigner, ManifestVerifier, create_keys
 from thumbwheel.checkpoints import delta
 from thumbwheel.checkpoints.store import LocalStore, version_name
+from thumbwheel.heads import Heads
 from thumbwheel.stack import is_free
 from thumbwheel.stream import topics
 from thumbwheel.stream.log import Producer
@@ -32,6 +33,8 @@ from thumbwheel.v1.events_pb2 import VersionEvent
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, ModelRole, Probe, VersionState
 
 VOCABULARY = 320
+HEADS = Heads(("helpfulness",), 2)
+"""Of reward models that tests make."""
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -70,7 +73,7 @@ def make_tiny_llama(folder: Path, *, seed: int, reward: bool = False) -> Path:
         eos_token_id=2,
         pad_token_id=2,
         initializer_range=0.2,
-        num_labels=1,
+        **({"id2label": dict(enumerate(HEADS.names))} if reward else {}),
     )
     model = (LlamaForSequenceClassification if reward else LlamaForCausalLM)(config).to(torch.bfloat16)
     model.save_pretrained(folder)

@@ -87,8 +87,8 @@ def _close(producer: Producer) -> None:
 
 
 def _ensure_base(settings: TrainerSettings, store: LocalStore, signer: ManifestSigner) -> None:
+    from thumbwheel.heads import Heads
     from trainer import base, publish
-    from trainer.heads import Heads
 
     runtime.quiet_transformers()
     heads = Heads(settings.reward_aspects, settings.ensemble_heads)

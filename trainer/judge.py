@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from thumbwheel.heads import Heads
 from trainer import batch as batches
 from trainer import calibration, models, runtime
 from trainer.batch import Batch
-from trainer.heads import Heads
 from trainer.samples import Pair
 
 _FACTOR = 2

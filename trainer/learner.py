@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from thumbwheel import errors
+from thumbwheel.heads import Heads
 from trainer import batch as batches
 from trainer import inference, judge, models, ranks, runtime, shards
 from trainer.background import Background
@@ -27,7 +28,6 @@ from trainer.batch import Batch
 from trainer.config import LearningSettings
 from trainer.engine import Engine
 from trainer.guards import Unfit
-from trainer.heads import Heads
 from trainer.judge import Judged
 from trainer.losses.base import PerSample, Prepared, Round, units
 from trainer.losses.mixture import Mixture, Term

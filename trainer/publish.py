@@ -22,12 +22,12 @@ from thumbwheel import errors, tracing
 from thumbwheel.auth import ManifestSigner
 from thumbwheel.checkpoints import delta
 from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion, version_name
+from thumbwheel.heads import ONE_HEAD, Heads
 from thumbwheel.stream import topics
 from thumbwheel.stream.log import Position, Producer
 from thumbwheel.v1.events_pb2 import VersionEvent
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, Lineage, ModelRole, Probe, VersionState
 from trainer import metrics
-from trainer.heads import ONE_HEAD, Heads
 
 logger = logging.getLogger(__name__)
 

@@ -25,33 +25,41 @@ _sym_db = _symbol_database.Default()
 from thumbwheel.v1 import policy_pb2 as thumbwheel_dot_v1_dot_policy__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1athumbwheel/v1/reward.proto\x12\rthumbwheel.v1\x1a\x1athumbwheel/v1/policy.proto\"D\n\tScoreItem\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.thumbwheel.v1.Prompt\x12\x10\n\x08response\x18\x02 \x01(\t\"h\n\x0bRewardScore\x12\r\n\x05score\x18\x01 \x01(\x02\x12!\n\x14score_over_reference\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x0e\n\x06tokens\x18\x03 \x01(\rB\x17\n\x15_score_over_reference\"7\n\x0cScoreRequest\x12\'\n\x05items\x18\x01 \x03(\x0b\x32\x18.thumbwheel.v1.ScoreItem\"L\n\rScoreResponse\x12*\n\x06scores\x18\x01 \x03(\x0b\x32\x1a.thumbwheel.v1.RewardScore\x12\x0f\n\x07version\x18\x02 \x01(\t\"<\n\x12ScoreStreamRequest\x12&\n\x04item\x18\x01 \x01(\x0b\x32\x18.thumbwheel.v1.ScoreItem\"Q\n\x13ScoreStreamResponse\x12)\n\x05score\x18\x01 \x01(\x0b\x32\x1a.thumbwheel.v1.RewardScore\x12\x0f\n\x07version\x18\x02 \x01(\t\"_\n\x0e\x43ompareRequest\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.thumbwheel.v1.Prompt\x12\x12\n\nresponse_a\x18\x02 \x01(\t\x12\x12\n\nresponse_b\x18\x03 \x01(\t\"\x93\x01\n\x0f\x43ompareResponse\x12\x15\n\rprobability_a\x18\x01 \x01(\x02\x12+\n\x07score_a\x18\x02 \x01(\x0b\x32\x1a.thumbwheel.v1.RewardScore\x12+\n\x07score_b\x18\x03 \x01(\x0b\x32\x1a.thumbwheel.v1.RewardScore\x12\x0f\n\x07version\x18\x04 \x01(\t\"\x12\n\x10GetRewardRequest\"_\n\x11GetRewardResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\"\n\x05swaps\x18\x03 \x03(\x0b\x32\x13.thumbwheel.v1.Swap2\xc7\x02\n\rRewardService\x12\x42\n\x05Score\x12\x1b.thumbwheel.v1.ScoreRequest\x1a\x1c.thumbwheel.v1.ScoreResponse\x12X\n\x0bScoreStream\x12!.thumbwheel.v1.ScoreStreamRequest\x1a\".thumbwheel.v1.ScoreStreamResponse(\x01\x30\x01\x12H\n\x07\x43ompare\x12\x1d.thumbwheel.v1.CompareRequest\x1a\x1e.thumbwheel.v1.CompareResponse\x12N\n\tGetReward\x12\x1f.thumbwheel.v1.GetRewardRequest\x1a .thumbwheel.v1.GetRewardResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1athumbwheel/v1/reward.proto\x12\rthumbwheel.v1\x1a\x1athumbwheel/v1/policy.proto\"`\n\tScoreItem\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.thumbwheel.v1.Prompt\x12\x10\n\x08response\x18\x02 \x01(\t\x12\x1a\n\x12reference_response\x18\x03 \x01(\t\"\xfc\x01\n\x0bRewardScore\x12\r\n\x05score\x18\x01 \x01(\x02\x12!\n\x14score_over_reference\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x18\n\x0buncertainty\x18\x04 \x01(\x02H\x01\x88\x01\x01\x12\x38\n\x07\x61spects\x18\x05 \x03(\x0b\x32\'.thumbwheel.v1.RewardScore.AspectsEntry\x1a.\n\x0c\x41spectsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x17\n\x15_score_over_referenceB\x0e\n\x0c_uncertainty\"7\n\x0cScoreRequest\x12\'\n\x05items\x18\x01 \x03(\x0b\x32\x18.thumbwheel.v1.ScoreItem\"L\n\rScoreResponse\x12*\n\x06scores\x18\x01 \x03(\x0b\x32\x1a.thumbwheel.v1.RewardScore\x12\x0f\n\x07version\x18\x02 \x01(\t\"<\n\x12ScoreStreamRequest\x12&\n\x04item\x18\x01 \x01(\x0b\x32\x18.thumbwheel.v1.ScoreItem\"Q\n\x13ScoreStreamResponse\x12)\n\x05score\x18\x01 \x01(\x0b\x32\x1a.thumbwheel.v1.RewardScore\x12\x0f\n\x07version\x18\x02 \x01(\t\"_\n\x0e\x43ompareRequest\x12%\n\x06prompt\x18\x01 \x01(\x0b\x32\x15.thumbwheel.v1.Prompt\x12\x12\n\nresponse_a\x18\x02 \x01(\t\x12\x12\n\nresponse_b\x18\x03 \x01(\t\"\xab\x02\n\x0f\x43ompareResponse\x12\x15\n\rprobability_a\x18\x01 \x01(\x02\x12+\n\x07score_a\x18\x02 \x01(\x0b\x32\x1a.thumbwheel.v1.RewardScore\x12+\n\x07score_b\x18\x03 \x01(\x0b\x32\x1a.thumbwheel.v1.RewardScore\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x18\n\x0buncertainty\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12<\n\x07\x61spects\x18\x06 \x03(\x0b\x32+.thumbwheel.v1.CompareResponse.AspectsEntry\x1a.\n\x0c\x41spectsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_uncertainty\"\x12\n\x10GetRewardRequest\"\x85\x01\n\x11GetRewardResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\"\n\x05swaps\x18\x03 \x03(\x0b\x32\x13.thumbwheel.v1.Swap\x12\x13\n\x0btemperature\x18\x04 \x01(\x02\x12\x0f\n\x07\x61spects\x18\x05 \x03(\t2\xc7\x02\n\rRewardService\x12\x42\n\x05Score\x12\x1b.thumbwheel.v1.ScoreRequest\x1a\x1c.thumbwheel.v1.ScoreResponse\x12X\n\x0bScoreStream\x12!.thumbwheel.v1.ScoreStreamRequest\x1a\".thumbwheel.v1.ScoreStreamResponse(\x01\x30\x01\x12H\n\x07\x43ompare\x12\x1d.thumbwheel.v1.CompareRequest\x1a\x1e.thumbwheel.v1.CompareResponse\x12N\n\tGetReward\x12\x1f.thumbwheel.v1.GetRewardRequest\x1a .thumbwheel.v1.GetRewardResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'thumbwheel.v1.reward_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_REWARDSCORE_ASPECTSENTRY']._loaded_options = None
+  _globals['_REWARDSCORE_ASPECTSENTRY']._serialized_options = b'8\001'
+  _globals['_COMPARERESPONSE_ASPECTSENTRY']._loaded_options = None
+  _globals['_COMPARERESPONSE_ASPECTSENTRY']._serialized_options = b'8\001'
   _globals['_SCOREITEM']._serialized_start=73
-  _globals['_SCOREITEM']._serialized_end=141
-  _globals['_REWARDSCORE']._serialized_start=143
-  _globals['_REWARDSCORE']._serialized_end=247
-  _globals['_SCOREREQUEST']._serialized_start=249
-  _globals['_SCOREREQUEST']._serialized_end=304
-  _globals['_SCORERESPONSE']._serialized_start=306
-  _globals['_SCORERESPONSE']._serialized_end=382
-  _globals['_SCORESTREAMREQUEST']._serialized_start=384
-  _globals['_SCORESTREAMREQUEST']._serialized_end=444
-  _globals['_SCORESTREAMRESPONSE']._serialized_start=446
-  _globals['_SCORESTREAMRESPONSE']._serialized_end=527
-  _globals['_COMPAREREQUEST']._serialized_start=529
-  _globals['_COMPAREREQUEST']._serialized_end=624
-  _globals['_COMPARERESPONSE']._serialized_start=627
-  _globals['_COMPARERESPONSE']._serialized_end=774
-  _globals['_GETREWARDREQUEST']._serialized_start=776
-  _globals['_GETREWARDREQUEST']._serialized_end=794
-  _globals['_GETREWARDRESPONSE']._serialized_start=796
-  _globals['_GETREWARDRESPONSE']._serialized_end=891
-  _globals['_REWARDSERVICE']._serialized_start=894
-  _globals['_REWARDSERVICE']._serialized_end=1221
+  _globals['_SCOREITEM']._serialized_end=169
+  _globals['_REWARDSCORE']._serialized_start=172
+  _globals['_REWARDSCORE']._serialized_end=424
+  _globals['_REWARDSCORE_ASPECTSENTRY']._serialized_start=337
+  _globals['_REWARDSCORE_ASPECTSENTRY']._serialized_end=383
+  _globals['_SCOREREQUEST']._serialized_start=426
+  _globals['_SCOREREQUEST']._serialized_end=481
+  _globals['_SCORERESPONSE']._serialized_start=483
+  _globals['_SCORERESPONSE']._serialized_end=559
+  _globals['_SCORESTREAMREQUEST']._serialized_start=561
+  _globals['_SCORESTREAMREQUEST']._serialized_end=621
+  _globals['_SCORESTREAMRESPONSE']._serialized_start=623
+  _globals['_SCORESTREAMRESPONSE']._serialized_end=704
+  _globals['_COMPAREREQUEST']._serialized_start=706
+  _globals['_COMPAREREQUEST']._serialized_end=801
+  _globals['_COMPARERESPONSE']._serialized_start=804
+  _globals['_COMPARERESPONSE']._serialized_end=1103
+  _globals['_COMPARERESPONSE_ASPECTSENTRY']._serialized_start=337
+  _globals['_COMPARERESPONSE_ASPECTSENTRY']._serialized_end=383
+  _globals['_GETREWARDREQUEST']._serialized_start=1105
+  _globals['_GETREWARDREQUEST']._serialized_end=1123
+  _globals['_GETREWARDRESPONSE']._serialized_start=1126
+  _globals['_GETREWARDRESPONSE']._serialized_end=1259
+  _globals['_REWARDSERVICE']._serialized_start=1262
+  _globals['_REWARDSERVICE']._serialized_end=1589
 # @@protoc_insertion_point(module_scope)

@@ -27,8 +27,13 @@ class ScoreItem(_message.Message):
 
     PROMPT_FIELD_NUMBER: _builtins.int
     RESPONSE_FIELD_NUMBER: _builtins.int
+    REFERENCE_RESPONSE_FIELD_NUMBER: _builtins.int
     response: _builtins.str
-    """The response, as text."""
+    """The response, as text. It is scored whole; a prompt that is too long beside it loses its beginning."""
+    reference_response: _builtins.str
+    """A response of the reference policy to this prompt, that `score_over_reference` is over; left out: that which the
+    server keeps for the prompt, if it keeps any.
+    """
     @_builtins.property
     def prompt(self) -> _policy_pb2.Prompt:
         """What was asked: chat, or text."""
@@ -38,10 +43,11 @@ class ScoreItem(_message.Message):
         *,
         prompt: _policy_pb2.Prompt | None = ...,
         response: _builtins.str = ...,
+        reference_response: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "response", b"response"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "reference_response", b"reference_response", "response", b"response"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -53,29 +59,66 @@ class RewardScore(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class AspectsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     SCORE_FIELD_NUMBER: _builtins.int
     SCORE_OVER_REFERENCE_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    UNCERTAINTY_FIELD_NUMBER: _builtins.int
+    ASPECTS_FIELD_NUMBER: _builtins.int
     score: _builtins.float
     """The reward model's score r(x, y)."""
     score_over_reference: _builtins.float
     """r(x, y) less the score of a reference response to the same prompt; left out where there is no reference."""
     tokens: _builtins.int
     """Tokens scored, prompt included."""
+    uncertainty: _builtins.float
+    """How unsure the model is of the score, in the score's units: its standard deviation over an ensemble of heads. Left
+    out where the model has none.
+    """
+    @_builtins.property
+    def aspects(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """The score in single respects, by aspect."""
+
     def __init__(
         self,
         *,
         score: _builtins.float = ...,
         score_over_reference: _builtins.float | None = ...,
         tokens: _builtins.int = ...,
+        uncertainty: _builtins.float | None = ...,
+        aspects: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_score_over_reference", b"_score_over_reference", "score_over_reference", b"score_over_reference"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_score_over_reference", b"_score_over_reference", "_uncertainty", b"_uncertainty", "score_over_reference", b"score_over_reference", "uncertainty", b"uncertainty"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_score_over_reference", b"_score_over_reference", "score", b"score", "score_over_reference", b"score_over_reference", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_score_over_reference", b"_score_over_reference", "_uncertainty", b"_uncertainty", "aspects", b"aspects", "score", b"score", "score_over_reference", b"score_over_reference", "tokens", b"tokens", "uncertainty", b"uncertainty"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__score_over_reference: _TypeAlias = _typing.Literal["score_over_reference"]  # noqa: Y015
     _WhichOneofArgType__score_over_reference: _TypeAlias = _typing.Literal["_score_over_reference", b"_score_over_reference"]  # noqa: Y015
+    _WhichOneofReturnType__uncertainty: _TypeAlias = _typing.Literal["uncertainty"]  # noqa: Y015
+    _WhichOneofArgType__uncertainty: _TypeAlias = _typing.Literal["_uncertainty", b"_uncertainty"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__score_over_reference) -> _WhichOneofReturnType__score_over_reference | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__uncertainty) -> _WhichOneofReturnType__uncertainty | None: ...
 
 Global___RewardScore: _TypeAlias = RewardScore  # noqa: Y015
 
@@ -221,14 +264,40 @@ class CompareResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class AspectsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PROBABILITY_A_FIELD_NUMBER: _builtins.int
     SCORE_A_FIELD_NUMBER: _builtins.int
     SCORE_B_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    UNCERTAINTY_FIELD_NUMBER: _builtins.int
+    ASPECTS_FIELD_NUMBER: _builtins.int
     probability_a: _builtins.float
-    """Probability that A is preferred over B: the logistic function of the difference of scores (Bradley-Terry)."""
+    """Probability that A is preferred over B: the logistic function of the difference of scores (Bradley-Terry), divided
+    by the version's temperature.
+    """
     version: _builtins.str
     """The reward version that scored both."""
+    uncertainty: _builtins.float
+    """Standard deviation of that probability over an ensemble of heads; left out where the model has none."""
     @_builtins.property
     def score_a(self) -> Global___RewardScore:
         """Score of A."""
@@ -237,6 +306,10 @@ class CompareResponse(_message.Message):
     def score_b(self) -> Global___RewardScore:
         """Score of B."""
 
+    @_builtins.property
+    def aspects(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Probability that A is preferred in single respects, by aspect."""
+
     def __init__(
         self,
         *,
@@ -244,12 +317,16 @@ class CompareResponse(_message.Message):
         score_a: Global___RewardScore | None = ...,
         score_b: Global___RewardScore | None = ...,
         version: _builtins.str = ...,
+        uncertainty: _builtins.float | None = ...,
+        aspects: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["score_a", b"score_a", "score_b", b"score_b"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_uncertainty", b"_uncertainty", "score_a", b"score_a", "score_b", b"score_b", "uncertainty", b"uncertainty"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["probability_a", b"probability_a", "score_a", b"score_a", "score_b", b"score_b", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_uncertainty", b"_uncertainty", "aspects", b"aspects", "probability_a", b"probability_a", "score_a", b"score_a", "score_b", b"score_b", "uncertainty", b"uncertainty", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__uncertainty: _TypeAlias = _typing.Literal["uncertainty"]  # noqa: Y015
+    _WhichOneofArgType__uncertainty: _TypeAlias = _typing.Literal["_uncertainty", b"_uncertainty"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__uncertainty) -> _WhichOneofReturnType__uncertainty | None: ...
 
 Global___CompareResponse: _TypeAlias = CompareResponse  # noqa: Y015
 
@@ -279,13 +356,21 @@ class GetRewardResponse(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     SWAPS_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    ASPECTS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The live reward version."""
     max_model_len: _builtins.int
     """Longest prompt plus response, in tokens."""
+    temperature: _builtins.float
+    """What differences of scores are divided by to give probabilities, as fitted on held-out comparisons; 1 where none was."""
     @_builtins.property
     def swaps(self) -> _containers.RepeatedCompositeFieldContainer[_policy_pb2.Swap]:
         """The latest swaps of this server, oldest first; the first is the version it started with."""
+
+    @_builtins.property
+    def aspects(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Aspects that the version scores."""
 
     def __init__(
         self,
@@ -293,10 +378,12 @@ class GetRewardResponse(_message.Message):
         version: _builtins.str = ...,
         max_model_len: _builtins.int = ...,
         swaps: _abc.Iterable[_policy_pb2.Swap] | None = ...,
+        temperature: _builtins.float = ...,
+        aspects: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_model_len", b"max_model_len", "swaps", b"swaps", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aspects", b"aspects", "max_model_len", b"max_model_len", "swaps", b"swaps", "temperature", b"temperature", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from thumbwheel.heads import Heads
 from thumbwheel.v1.rollout_pb2 import ModelRole
 from trainer import balance, models
 from trainer.batch import Batch
-from trainer.heads import Heads
 from trainer.losses.base import Losses, Objective, ParameterGroup, Prepared, Round, pairs
 from trainer.losses.dpo import preference_measures
 from trainer.samples import Pair, Sample

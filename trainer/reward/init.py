@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 from thumbwheel import errors, files
 from thumbwheel.auth import ManifestSigner, ManifestVerifier, create_keys
 from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion, version_name
+from thumbwheel.heads import Heads
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, Lineage, ModelRole, Probe
 from trainer import base, losses, publish, runtime
 from trainer.encode import record_encoder
-from trainer.heads import Heads
 from trainer.reward import pairs as reading
 from trainer.reward.config import InitSettings
 from trainer.samples import Pair

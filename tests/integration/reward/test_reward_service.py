@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import statistics
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -69,7 +70,7 @@ async def _scores(client: AsyncClient) -> list[float]:
     return [(await client.score(prompt, answer)).scores[0].score for prompt, answer in ITEMS]
 
 
-def _with_transformers(folder: Path) -> list[float]:
+def _with_transformers(folder: Path) -> list[list[float]]:
     """The score at the closing token, computed without vLLM."""
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -77,10 +78,10 @@ def _with_transformers(folder: Path) -> list[float]:
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     encoder, scores = PromptEncoder(folder), []
     for prompt, answer in ITEMS:
-        ids = encoder.encode_scored(to_prompt(prompt), answer, field="", response_field="")
+        ids = encoder.encode_scored(to_prompt(prompt), answer, limit=512, field="", response_field="")
         with torch.no_grad():
             hidden = model.model(torch.tensor([ids])).last_hidden_state[0, -1]
-            scores.append(float(model.score(hidden)))
+            scores.append(model.score(hidden).tolist())
     return scores
 
 
@@ -90,8 +91,16 @@ async def test_scores_are_those_of_transformers(deployment: Deployment, client: 
     )
     expected = _with_transformers(deployment.home / "store/reward-000000")
     assert answer.version == "reward-000000"
-    assert [score.score for score in answer.scores] == pytest.approx(expected, abs=0.1)  # the engine computes in bf16
-    assert max(expected) - min(expected) > 0.2
+    # The engine computes in bf16.
+    assert [score.score for score in answer.scores] == pytest.approx([row[0] for row in expected], abs=0.1)
+    assert [score.aspects["helpfulness"] for score in answer.scores] == pytest.approx(
+        [row[1] for row in expected], abs=0.1
+    )
+    assert [score.uncertainty for score in answer.scores] == pytest.approx(
+        [statistics.stdev(row[2:]) for row in expected], abs=0.1
+    )
+    assert max(row[0] for row in expected) - min(row[0] for row in expected) > 0.2
+    assert not answer.scores[0].HasField("score_over_reference")
     assert answer.scores[1].tokens > answer.scores[0].tokens
 
 
@@ -101,6 +110,53 @@ async def test_compare_is_bradley_terry(client: AsyncClient) -> None:
     assert answer.probability_a == pytest.approx(1 / (1 + math.exp(-odds)), abs=1e-6)
     mirrored = await client.judge("Which?", "that other one, which is longer", "this one")
     assert mirrored.probability_a == pytest.approx(1 - answer.probability_a, abs=0.02)
+
+
+async def test_compare_says_how_sure_it_is(client: AsyncClient) -> None:
+    answer = await client.judge("Which?", "this one", "that other one, which is longer")
+    assert 0 < answer.uncertainty < 1
+    odds = answer.score_a.aspects["helpfulness"] - answer.score_b.aspects["helpfulness"]
+    assert answer.aspects["helpfulness"] == pytest.approx(1 / (1 + math.exp(-odds)), abs=1e-6)
+    about = await client.reward()
+    assert (about.temperature, list(about.aspects)) == (1.0, ["helpfulness"])
+
+
+async def test_a_score_over_the_reference_is_less_its_score(client: AsyncClient) -> None:
+    prompt = to_prompt("How?")
+    items = [
+        reward_pb2.ScoreItem(prompt=prompt, response=text, reference_response="Like this.") for text in ("So.", "Thus.")
+    ]
+    answer = await client.score_items(items)
+    (reference,) = (await client.score("How?", "Like this.")).scores
+    for score in answer.scores:
+        assert score.score_over_reference == pytest.approx(score.score - reference.score, abs=0.02)
+
+
+async def test_a_dialogue_that_is_too_long_loses_its_beginning(client: AsyncClient) -> None:
+    tail = [("user", "And then?"), ("assistant", "b" * 300), ("user", "Why?")]
+    scores = []
+    for first in ("x" * 400, "y" * 700):
+        turns = [policy_pb2.ChatMessage(role=policy_pb2.ROLE_USER, content=first)]
+        turns += [
+            policy_pb2.ChatMessage(role=getattr(policy_pb2, f"ROLE_{role.upper()}"), content=content)
+            for role, content in tail
+        ]
+        prompt = policy_pb2.Prompt(chat=policy_pb2.Chat(messages=turns))
+        (score,) = (await client.score_items([reward_pb2.ScoreItem(prompt=prompt, response="c" * 200)])).scores
+        assert score.tokens == 512
+        scores.append(score.score)
+    assert scores[0] == pytest.approx(scores[1], abs=0.02)  # what differed was cut
+
+
+async def test_a_stream_keeps_its_order(client: AsyncClient) -> None:
+    items = [reward_pb2.ScoreItem(prompt=to_prompt(prompt), response=answer) for prompt, answer in ITEMS * 10]
+    streamed = [answer async for answer in client.score_stream(items)]
+    alone = await _scores(client)
+    assert [answer.score.score for answer in streamed] == pytest.approx(alone * 10, abs=0.1)
+    broken = [*items[:3], reward_pb2.ScoreItem(prompt=to_prompt("x"))]
+    with pytest.raises(errors.InvalidArgument) as caught:
+        _ = [answer async for answer in client.score_stream(broken)]
+    assert caught.value.field == "item.response"
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tests.support import make_tiny_llama
 from tests.unit.trainer.samples import make_sample
+from thumbwheel.heads import Heads
 from trainer import batch, models, publish
-from trainer.heads import Heads
 from trainer.losses.base import Round
 from trainer.losses.reward import Reward, TieModel, bootstrap_weight, ranking_losses
 from trainer.samples import Pair

@@ -13,8 +13,8 @@ import pytest
 from thumbwheel import errors
 from thumbwheel.auth import ManifestVerifier
 from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion
+from thumbwheel.heads import Heads
 from trainer import models, publish
-from trainer.heads import Heads
 from trainer.reward import init, report
 from trainer.reward.config import InitSettings, ReportSettings
 

@@ -1,0 +1,68 @@
+"""Reference responses are asked for once, and kept."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from services.reward.reference import References
+from thumbwheel import errors
+from thumbwheel.client import to_prompt
+from thumbwheel.v1.policy_pb2 import Prompt
+
+
+class Policy:
+    """Answers when it is let, and counts."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.answering = asyncio.Event()
+        self.away = False
+
+    async def __call__(self, prompt: Prompt) -> str:
+        self.asked.append(prompt.chat.messages[0].content)
+        await self.answering.wait()
+        if self.away:
+            raise errors.Unavailable("It is away.")
+        return f"answer {len(self.asked)}"
+
+
+async def test_calls_that_come_together_ask_once_and_the_answer_is_kept(tmp_path: Path) -> None:
+    policy = Policy()
+    references = References(tmp_path / "r.sqlite", policy, version="policy-000000", capacity=10)
+    waiting = [asyncio.create_task(references.response(to_prompt("q"))) for _ in range(5)]
+    await asyncio.sleep(0)
+    policy.answering.set()
+    assert set(await asyncio.gather(*waiting)) == {"answer 1"}
+    references.close()
+    again = References(tmp_path / "r.sqlite", policy, version="policy-000000", capacity=10)
+    assert await again.response(to_prompt("q")) == "answer 1"
+    assert policy.asked == ["q"]
+    again.close()
+    other = References(tmp_path / "r.sqlite", policy, version="policy-000007", capacity=10)
+    assert await other.response(to_prompt("q")) == "answer 2"  # of another reference
+    other.close()
+
+
+async def test_without_an_answer_there_is_no_reference_and_it_is_asked_again(tmp_path: Path) -> None:
+    policy = Policy()
+    policy.answering.set()
+    policy.away = True
+    references = References(tmp_path / "r.sqlite", policy, version="v", capacity=10)
+    assert await references.response(to_prompt("q")) == ""
+    policy.away = False
+    assert await references.response(to_prompt("q")) == "answer 2"
+    references.close()
+    nobody = References(tmp_path / "other.sqlite", None, version="v", capacity=10)
+    assert await nobody.response(to_prompt("q")) == ""
+    nobody.close()
+
+
+async def test_those_asked_for_longest_ago_are_dropped(tmp_path: Path) -> None:
+    policy = Policy()
+    policy.answering.set()
+    references = References(tmp_path / "r.sqlite", policy, version="v", capacity=2)
+    for question in ("a", "b", "a", "c", "a", "b"):
+        await references.response(to_prompt(question))
+    assert policy.asked == ["a", "b", "c", "b"]
+    references.close()
