@@ -15,9 +15,16 @@ from typing import Any
 from thumbwheel import errors, tracing
 from thumbwheel.stream import deadletter, topics
 from thumbwheel.stream.log import Log, Producer, Record, TopicPartition
-from thumbwheel.v1.events_pb2 import ComparedResponse, ComparisonEvent, ComparisonState, GenerationEvent, ThumbEvent
+from thumbwheel.v1.events_pb2 import (
+    ComparedResponse,
+    ComparisonEvent,
+    ComparisonSource,
+    ComparisonState,
+    GenerationEvent,
+    ThumbEvent,
+)
 from thumbwheel.v1.policy_pb2 import Role
-from thumbwheel.v1.preference_pb2 import ThumbValue
+from thumbwheel.v1.preference_pb2 import Preference, ThumbValue
 from trainer import metrics
 from trainer.buffer import Buffer
 from trainer.prompts import Prompts
@@ -25,6 +32,18 @@ from trainer.samples import Demonstration, Kind, Pair, Sample, Thumb, Tokens
 
 logger = logging.getLogger(__name__)
 
+_VERDICTS = {
+    Preference.PREFERENCE_A: 1,
+    Preference.PREFERENCE_B: -1,
+    Preference.PREFERENCE_TIE: 0,
+    Preference.PREFERENCE_BOTH_BAD: 0,
+}
+"""What is said of a comparison in a single respect: A is the chosen response."""
+_SOURCES = {
+    ComparisonSource.COMPARISON_SOURCE_VOTE: "vote",
+    ComparisonSource.COMPARISON_SOURCE_EDIT: "edit",
+    ComparisonSource.COMPARISON_SOURCE_THUMBS: "thumbs",
+}
 _ROLES = {Role.ROLE_SYSTEM: "system", Role.ROLE_USER: "user", Role.ROLE_ASSISTANT: "assistant"}
 
 
@@ -59,6 +78,10 @@ class Encoder:
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,
+            margin=event.strength if event.HasField("strength") and math.isfinite(event.strength) else 0.0,
+            aspects=tuple((a.aspect, _VERDICTS[a.preference]) for a in event.aspects if a.preference in _VERDICTS),
+            source=_SOURCES.get(event.source, ""),
+            writers=(_writer(event.chosen), _writer(event.rejected)),
         )
 
     def demonstration(self, event: ComparisonEvent) -> Demonstration:
@@ -133,6 +156,11 @@ class Encoder:
             return tuple(response.token_ids)
         ids = self.tokenizer(response.text, add_special_tokens=False)["input_ids"]
         return (*(int(token) for token in ids), int(self.tokenizer.eos_token_id))
+
+
+def _writer(response: ComparedResponse) -> str:
+    versions = {span.version for span in response.spans}
+    return versions.pop() if len(versions) == 1 else ""
 
 
 class Ingest:

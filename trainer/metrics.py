@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from typing import TYPE_CHECKING
+
 from prometheus_client import Counter, Gauge, Histogram
+
+if TYPE_CHECKING:
+    from trainer.reward.watch import RewardWatch
+
+logger = logging.getLogger(__name__)
 
 LOSS = Gauge("thumbwheel_trainer_loss", "Loss of the last step.", ["task"])
 MEASURE = Gauge(
@@ -68,3 +76,43 @@ TOKENS_PER_SECOND = Gauge(
     "Tokens of prompts and responses learnt from a second, last round.",
     ["task"],
 )
+
+REWARD = Gauge(
+    "thumbwheel_reward_watch",
+    "The reward model on the newest comparisons, each before it was learnt: fresh_accuracy, fresh_ece, "
+    "fresh_ece_calibrated, temperature, length_correlation, score_mean, score_std.",
+    ["measure"],
+)
+POLICY_SCORE_MEAN = Gauge(
+    "thumbwheel_reward_policy_score_mean", "Mean score of what a policy version wrote, of the newest.", ["version"]
+)
+POLICY_SCORE_STD = Gauge(
+    "thumbwheel_reward_policy_score_std", "Spread of the scores of what a policy version wrote.", ["version"]
+)
+NEWER_PREFERRED = Gauge(
+    "thumbwheel_reward_newer_preferred_ratio",
+    "Share of the newest comparisons of two policy versions in which people preferred the newer.",
+)
+OVER_OPTIMISED = Gauge(
+    "thumbwheel_reward_over_optimised", "1 where scores rise with policy versions that people do not prefer."
+)
+
+
+def watch(seen: RewardWatch) -> dict[str, float]:
+    """Shows how the reward model does on the newest comparisons, and returns it; warns of over-optimisation."""
+    summary = seen.summary()
+    for measure, value in summary.items():
+        REWARD.labels(measure).set(value)
+    for gauge in (POLICY_SCORE_MEAN, POLICY_SCORE_STD):
+        gauge.clear()  # versions that nothing of late was written by
+    for version, written in seen.by_version().items():
+        POLICY_SCORE_MEAN.labels(version).set(written.mean)
+        POLICY_SCORE_STD.labels(version).set(written.std)
+    preferred, compared = seen.newer_preferred()
+    if compared:
+        NEWER_PREFERRED.set(preferred / compared)
+    why = seen.over_optimised()
+    OVER_OPTIMISED.set(bool(why))
+    if why:
+        logger.warning("the policy is over-optimised: %s", why)
+    return summary

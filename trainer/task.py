@@ -37,6 +37,7 @@ from trainer.ingest import Encoder, Ingest
 from trainer.prompts import Prompts
 from trainer.publish import SAMPLES, Publisher
 from trainer.replay import Replay
+from trainer.reward.watch import RewardWatch
 from trainer.samples import Demonstration, Kind, Sample, Tokens
 from trainer.staleness import sequence as version_number
 from trainer.state import Outlook, State, ranges
@@ -109,6 +110,7 @@ class Task:
             self._planned, self._retracted = lesson["samples"], lesson["retracted"]
         self._halted = ""
         self._watch = Watch(name, settings)
+        self._reward_watch = RewardWatch.load(self._begun or self._folder)
         self._kinds: frozenset[Kind] = frozenset(term.objective.kind for term in self._objective.terms)
         self._feed = self._open_feed()
         online = name == "policy" and feed.wants_rollouts(self._kinds, settings)
@@ -207,6 +209,7 @@ class Task:
         def fill(folder: Path) -> None:
             self._buffer.save(folder)
             self._feed.save(folder)
+            self._reward_watch.save(folder)
             (folder / STATE).write_text(state.to_json())
             (folder / LESSON).write_text(json.dumps(lesson))
 
@@ -239,12 +242,17 @@ class Task:
                 team.reference(self._base.path, self._objective.referenced(samples))
         with self._phase("restore"):
             self._restore()
+        if self.name == "reward":
+            with self._phase("judge"):  # before they are learnt
+                self._reward_watch.see(team.judge(written))
         with self._phase("learn"):
             measured = team.learn(
                 samples,
                 round_number=self._state.round + 1,
                 on_step=step_done,
             )
+        if self.name == "reward":
+            measured |= metrics.watch(self._reward_watch)
         self._watch.round(self._state.round + 1, self._state.version, written, samples, measured, self._state.vitals)
         return measured
 
@@ -273,6 +281,7 @@ class Task:
         def fill(folder: Path) -> None:
             self._buffer.save(folder)
             self._feed.save(folder)
+            self._reward_watch.save(folder)
             (folder / STATE).write_text(state.to_json())
             (folder / VERSION).write_text(json_format.MessageToJson(manifest))
             (folder / SAMPLES).write_text(ids)

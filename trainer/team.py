@@ -19,9 +19,10 @@ from trainer.background import Background
 from trainer.config import TaskName, TrainerSettings
 from trainer.guards import Unfit
 from trainer.inference import reference_logprobs
+from trainer.judge import Judged
 from trainer.learner import Learner, StepReport
 from trainer.losses.base import PerSample
-from trainer.samples import Sample
+from trainer.samples import Pair, Sample
 
 IDLE_SECONDS = 60.0
 
@@ -76,6 +77,12 @@ class Team:
         reference, self._reference = self._reference, {}
         with self._stopping():
             return self.learner.learn(wanted, reference, round_number=round_number, stop=self._stop, on_step=on_step)
+
+    def judge(self, wanted: Sequence[Sample]) -> Judged:
+        """See `Learner.judge`; of the pairs among `wanted`. Raises `Stopped`."""
+        self._say("judge", wanted=wanted)
+        with self._stopping():
+            return self.learner.judge([sample for sample in wanted if isinstance(sample, Pair)], self._stop)
 
     def save(self, folder: Path, model: Path) -> Background:
         """See `Learner.save`."""

@@ -63,9 +63,8 @@ class ReportSettings(CommandSettings):
     home: Path = Field(default_factory=lambda: user_data_path("thumbwheel"))
     """Folder with the deployment's state."""
 
-    data: Path | None = None
-    """File of pairs to judge it on; those that it learnt from are left out. Left out: the pairs that the trainer holds
-    out."""
+    data: Path
+    """File of pairs to judge it on; those that it learnt from are left out."""
 
     output: Path | None = None
     """The page; left out: named after the version, in the present folder."""

@@ -76,13 +76,8 @@ def run(settings: ReportSettings, stop: Callable[[], bool]) -> Path:
 def _unseen(
     settings: ReportSettings, store: LocalStore, version: VerifiedVersion, stop: Callable[[], bool]
 ) -> list[Pair]:
-    """The pairs of the file, or those that the trainer holds out, but for what the version learnt from."""
-    from trainer.reward.memory import newest_heldout
-
-    if settings.data is not None:
-        found = reading.read(settings.data, record_encoder(version.path, settings.max_length), stop=stop)
-    else:
-        found = newest_heldout(settings.home)
+    """The pairs of the file, but for what the version and its parents learnt from."""
+    found = reading.read(settings.data, record_encoder(version.path, settings.max_length), stop=stop)
     learnt = set[str]()
     name = version.manifest.version
     while name and (store.root / name).exists():
