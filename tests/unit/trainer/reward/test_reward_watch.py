@@ -13,7 +13,7 @@ from tests.unit.trainer.samples import make_sample
 from thumbwheel.heads import ONE_HEAD
 from trainer import metrics
 from trainer.judge import Judged
-from trainer.reward.watch import LEAST, MOST, Seen, RewardWatch
+from trainer.reward.watch import LEAST, MOST, RewardWatch, Seen
 
 
 def seen(chosen: tuple[str, float], rejected: tuple[str, float]) -> Seen:
