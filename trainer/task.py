@@ -7,6 +7,7 @@ in the process does its learner stay in memory.
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 import json
@@ -352,8 +353,10 @@ class Task:
             self._ingest.close()
 
     def _do_after(self, work: Callable[[], None]) -> None:
-        """Does work in the background, after all such work before; where tasks take turns, now."""
-        self._after.submit(work)
+        """Does work in the background, after all such work before; where tasks take turns, now. It is of this round's
+        trace.
+        """
+        self._after.submit(functools.partial(contextvars.copy_context().run, work))
         if not self._resident:
             self._after.wait()
 
