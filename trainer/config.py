@@ -122,6 +122,12 @@ class LearningSettings(CommandSettings):
     micro_batch_tokens: int = Field(default=1024, ge=1)
     """Tokens that one forward and backward pass takes, padding included; what is longer recomputes its activations."""
 
+    lora_rank: int = Field(default=0, ge=0)
+    """Rank of LoRA's matrices: they learn, and the weights beside them stay; 0 learns all weights."""
+
+    lora_alpha: int = Field(default=16, gt=0)
+    """LoRA's α: its matrices count α / rank."""
+
     seed: int = 0
     """Seed of the order of samples; the same events and the same settings give the same weights."""
 
@@ -307,6 +313,9 @@ class OfflineSettings(LearningSettings):
 
     limit: int = Field(default=0, ge=0)
     """Read only so many lines; 0 reads all."""
+
+    adapter: bool = False
+    """With `lora_rank`: write LoRA's matrices alone, as peft reads them, instead of the whole model."""
 
     dry_run: bool = False
     """Say what would be learnt from what, and end."""

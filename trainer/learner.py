@@ -22,7 +22,7 @@ from torch import Tensor
 from thumbwheel import errors
 from thumbwheel.heads import Heads
 from trainer import batch as batches
-from trainer import inference, judge, models, ranks, runtime, shards
+from trainer import inference, judge, lora, models, ranks, runtime, shards
 from trainer.background import Background
 from trainer.batch import Batch
 from trainer.config import LearningSettings
@@ -81,9 +81,13 @@ class Learner:
         """Optimizer steps since the base model."""
         self._states = {term.objective.name: term.objective.initial_state() for term in objective.terms}
         self._model: Any = objective.load(path)
+        if settings.lora_rank:
+            lora.add(self._model, settings)
         self._shapes = {name: list(p.shape) for name, p in self._model.named_parameters() if p.requires_grad}
         self._groups = objective.parameter_groups(self._model, learning_rate)
         self._engine = Engine(self._model, self._groups, settings)
+        if settings.lora_rank and self._engine.stage == 3:
+            raise errors.FailedPrecondition("LoRA learns at ZeRO stages 0 to 2.", remedy="Lower --zero-stage.")
         self._writing = Background("checkpoint-writer")
         self._captured = threading.Event()
         self._captured.set()
@@ -243,7 +247,7 @@ class Learner:
         """
         if self._engine.stage < 3:
             if ranks.lead():
-                self._model.save_pretrained(folder)
+                self._write_whole(folder)
             return
         saved = self._model.state_dict().keys()
         state = {name: buffer for name, buffer in self._model.named_buffers() if name in saved}
@@ -253,6 +257,14 @@ class Learner:
                     state[name] = weights.cpu().clone()
         if ranks.lead():
             self._model.save_pretrained(folder, state_dict=state)
+
+    def write_adapter(self, folder: Path) -> None:
+        """Writes LoRA's matrices alone, as peft reads them. Rank 0 does."""
+        if ranks.lead():
+            lora.write_adapter(self._model, folder)
+
+    def _write_whole(self, folder: Path) -> None:
+        self._model.save_pretrained(folder, state_dict=lora.merged(self._model) if self._settings.lora_rank else None)
 
     def save(self, folder: Path, model: Path | None = None) -> Background:
         """Writes master weights, optimizer, random state and the objectives' states into `folder`, and the model, as
@@ -276,7 +288,7 @@ class Learner:
         def write() -> None:
             try:
                 if model is not None and rank == 0 and not together:
-                    self._model.save_pretrained(model)
+                    self._write_whole(model)
             except BaseException:
                 self._captured.set()
                 raise

@@ -83,6 +83,10 @@ def run(settings: OfflineSettings, stop: Callable[[], bool]) -> None:
     the output exists, what `base.fetch` raises, and `Stopped`.
     """
     role = losses.role_of(settings.objective)
+    if settings.adapter and (not settings.lora_rank or role == ModelRole.MODEL_ROLE_REWARD):
+        raise errors.InvalidArgument(
+            "is set, but there is none to write.", field="adapter", remedy="Set --lora-rank, and a policy's objective."
+        )
     terms = losses.parse(settings.objective, role, field=_FIELD)
     records = dataset.read(settings.data, limit=settings.limit)
     if settings.output_path.exists():
@@ -191,7 +195,10 @@ def _write(learner: Learner, start: Path, settings: OfflineSettings, training: M
     staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         with files.space_errors(output.parent, files.tree_size(start), f"the model ({output.name})"):
-            learner.write_model(staging)
+            if settings.adapter:
+                learner.write_adapter(staging)
+            else:
+                learner.write_model(staging)
             AutoTokenizer.from_pretrained(str(start)).save_pretrained(staging)
             if (start / "generation_config.json").exists():
                 shutil.copyfile(start / "generation_config.json", staging / "generation_config.json")

@@ -26,6 +26,8 @@ class State:
     topic_ids: dict[str, str]
     vitals: dict[str, float] = dataclasses.field(default_factory=dict)
     """What the guards compare with: the vital signs of the first round that showed them."""
+    start: str = ""
+    """The version that the learner began from, whose weights the frozen ones are; where none is said, the base."""
 
     def to_json(self) -> str:
         """As it lies in a checkpoint."""

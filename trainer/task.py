@@ -274,6 +274,7 @@ class Task:
             positions=self._ingest.positions(),
             topic_ids=self._ingest.topic_ids(),
             vitals={**self._watch.vitals, **self._state.vitals},
+            start=self._state.start,
         )
         ids = "".join(f"{sample_id}\n" for sample_id in sorted(sample.id for sample in samples))
         manifest = self._manifest(state, samples, ids, measured)
@@ -424,12 +425,12 @@ class Task:
                 "no training checkpoint: beginning from the newest version, with a fresh optimizer",
                 extra={"task": self.name, "version": newest.version},
             )
-        return State(round=0, steps=newest.lineage.steps, version=newest.version, positions={}, topic_ids={}), buffer
+        return State(0, newest.lineage.steps, newest.version, {}, {}, start=newest.version), buffer
 
     def _restore(self) -> None:
         """Makes the learner from the newest training checkpoint where it is not in memory."""
         if not self._shared.team.is_open:
-            start = self._base.path if self._folder else self._shared.store.load(self._state.version).path
+            start = self._shared.store.load(self._state.start or self._base.manifest.version).path
             steps = self._state.steps
             self._shared.team.open(self.name, start, steps_done=steps, checkpoint=self._folder)
 
@@ -503,7 +504,7 @@ def _lineage_settings(settings: TrainerSettings, task: TaskName) -> dict[str, st
         "adam_beta2",
         "adam_epsilon",
     )
-    names += ("max_grad_norm", "max_length", "micro_batch_tokens", "seed", "zero_stage")
+    names += ("max_grad_norm", "max_length", "micro_batch_tokens", "seed", "zero_stage", "lora_rank", "lora_alpha")
     return {name: str(getattr(settings, name)) for name in names} | {
         "learning_rate": repr(settings.learning_rate(task))
     }

@@ -95,6 +95,20 @@ def test_every_kind_of_file_makes_a_model(objective: str, rows: list[Any], tmp_p
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_lora_writes_the_whole_model_or_the_adapter_alone(tmp_path: Path, policy_path: Path) -> None:
+    settings = settings_for(tmp_path, PAIRS, "dpo", policy_path).model_copy(update={"lora_rank": 2})
+    offline.run(settings, lambda: False)
+    whole = load_file(settings.output_path / "model.safetensors")
+    assert whole.keys() == load_file(policy_path / "model.safetensors").keys()
+    alone = settings.model_copy(update={"adapter": True, "output": tmp_path / "alone"})
+    offline.run(alone, lambda: False)
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= {path.name for path in alone.output_path.iterdir()}
+    assert not (alone.output_path / "model.safetensors").exists()
+    with pytest.raises(errors.InvalidArgument, match=r"adapter: is set, but there is none to write. Set --lora-rank"):
+        offline.run(alone.model_copy(update={"lora_rank": 0}), lambda: False)
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_being_stopped_leaves_nothing(tmp_path: Path, policy_path: Path) -> None:
     settings = settings_for(tmp_path, PAIRS, "dpo", policy_path)
     asked: list[bool] = []
