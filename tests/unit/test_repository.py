@@ -201,7 +201,7 @@ def test_make_targets_named_in_documents_exist() -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for document in tracked("*.md", "docs/*.md"):
         for target in re.findall(r"`make ([a-z0-9-]+)", (ROOT / document).read_text()):
-            bench = ROOT / "bench" / f"{target.removeprefix('bench-')}.py"
+            bench = ROOT / "bench" / f"{target.removeprefix('bench-').replace('-', '_')}.py"
             assert target in targets or target == "bench-" or bench.exists(), f"{document}: make {target}"
 
 
