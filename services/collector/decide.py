@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 
-from services.collector import emit, outbox, records, standing
+from services.collector import emit, many, outbox, records, standing
 from services.collector.curation import Decision, Reason, State, Vote, curate
 from services.collector.emit import COMPARISON, THUMB, Sample, Voted
 from services.collector.identity import derived
@@ -49,9 +49,10 @@ _FEEDBACK = (
     .order_by(feedback.c.feedback_id)
 )
 _INSERT_FEEDBACK = insert(feedback)
-_DECISIONS = select(decisions).where(
-    decisions.c.tenant == bindparam("of_tenant"), decisions.c.group_id.in_(bindparam("of_groups", expanding=True))
-)
+_DECISIONS = """
+SELECT sample_id, kind, prompt_id, group_id, state, weight, revision FROM decisions
+WHERE tenant = :tenant AND group_id IN (:many) ORDER BY sample_id
+"""
 _EVENTS = select(generations.c.generation_id, generations.c.event).where(
     generations.c.generation_id.in_(bindparam("of_ids", expanding=True))
 )
@@ -214,7 +215,7 @@ def _put_samples(
     fresh: Mapping[str, Fresh],
 ) -> list[_Grouped]:
     """Writes what is learnt from, and returns what is to be published: first what is taken back."""
-    rows = connection.execute(_DECISIONS, {"of_tenant": tenant, "of_groups": list(groups)})
+    rows = many.find(connection, _DECISIONS, list(groups), tenant=tenant)
     before = {row.sample_id: row for row in rows}
     gone = [row for row in before.values() if row.state == ACCEPTED and row.sample_id not in samples]
     come = [
