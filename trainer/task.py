@@ -185,6 +185,8 @@ class Task:
 
     def due(self) -> bool:
         """True where a round is to start. Rollouts that are too old by now are dropped."""
+        # What was taken back since is not learnt, also of a round that was begun.
+        self._planned = [sample.id for sample in self._buffer.pick(self._planned)]
         if self._planned:
             return not self._halted
         settings = self._shared.settings

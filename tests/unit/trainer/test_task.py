@@ -126,6 +126,99 @@ def test_taking_turns_and_restarting_change_no_bit(name: TaskName, shared: Share
         assert samples(shared, f"{name}-00000{number}") == samples(again, f"{name}-00000{number}") == expected
 
 
+def test_a_round_that_was_begun_is_learnt_again_from_the_same_samples_bit_for_bit(
+    shared: Shared, tmp_path: Path
+) -> None:
+    """Whatever has come in since, and however large rounds are by now."""
+    import torch
+
+    rounds(shared, 1)
+    crashed = Task("policy", shared, resident=True)
+    crashed.resume()
+    crashed.ingest(1.0)
+    begun = crashed.batch()
+    crashed.learn(begun, lambda report: None)
+    crashed.close()  # and nothing of the round is kept
+    larger = dataclasses.replace(shared, settings=shared.settings.model_copy(update={"round_size": 7}))
+    rounds(larger, 1)
+    assert samples(shared, "policy-000002") == [4, 5, 6, 7] == [int(sample.id[-12:]) for sample in begun]
+    found = load_file(shared.store.load("policy-000002").path / "model.safetensors")
+
+    other = Deployment(tmp_path / "other")
+    publish.ensure_base(shared.store.load("policy-000000").path, other.store, ManifestSigner.load(other.home / "keys"))
+    log = MemoryLog(delivery_timeout=0.1)
+    log.ensure_topics(topics.topics(partitions=1, replication=1), 1.0)
+    straight = dataclasses.replace(
+        shared,
+        settings=shared.settings.model_copy(update={"home": other.home}),
+        store=other.store,
+        signer=ManifestSigner.load(other.home / "keys"),
+        log=log,
+        producer=log.producer(),
+    )
+    for number in range(8):
+        send(straight, number)
+    rounds(straight, 2)
+    expected = load_file(other.store.load("policy-000002").path / "model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    log.close()
+
+
+def test_of_a_round_that_was_begun_what_was_taken_back_since_is_left_out(shared: Shared) -> None:
+    def begun() -> list[int]:
+        task = Task("policy", shared, resident=True)
+        task.resume()
+        task.ingest(1.0)
+        assert task.due()
+        found = [int(sample.id[-12:]) for sample in task.batch()]
+        task.close()
+        return found
+
+    assert begun() == [0, 1, 2, 3]
+    send(shared, 2, ComparisonState.COMPARISON_STATE_RETRACTED)
+    assert begun() == [0, 1, 3]
+    for number in (0, 1, 3):
+        send(shared, number, ComparisonState.COMPARISON_STATE_RETRACTED)
+    assert begun() == [4, 5, 6, 7]
+
+
+def test_a_version_is_published_beside_the_next_round(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, real = threading.Event(), publish.Publisher.publish
+
+    def slow(*arguments: object) -> object:
+        assert go.wait(30.0)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    task = Task("policy", shared, resident=True)
+    task.resume()
+    monkeypatch.setattr(publish.Publisher, "publish", slow)
+    task.ingest(1.0)
+    loop.turn(task)
+    assert not (shared.store.root / "policy-000001").exists()
+    task.ingest(0.0)
+    following = task.batch()
+    measured = task.learn(following, lambda report: None)  # while the first is not published yet
+    go.set()
+    task.checkpoint(following, measured)
+    task.publish()
+    task.close()
+    assert [m.version for m in shared.store.versions(POLICY)] == ["policy-000002", "policy-000001", "policy-000000"]
+    assert shared.store.load("policy-000002").manifest.parent == "policy-000001"
+
+
+def test_what_fails_in_the_background_ends_the_task(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise errors.NoSpace("the disk is full", remedy="Free some.")
+
+    task = Task("policy", shared, resident=True)
+    task.resume()
+    task.ingest(1.0)
+    monkeypatch.setattr(publish.Publisher, "publish", full)
+    loop.turn(task)
+    with pytest.raises(errors.NoSpace, match="the disk is full"):
+        task.close()
+
+
 def test_a_damaged_checkpoint_falls_back_and_names_are_used_once(
     shared: Shared, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -126,6 +126,45 @@ def test_a_full_disk_is_named_and_keeps_what_there_is(checkpoints: TrainingCheck
     assert not (tmp_path / "policy" / ".staging").exists()
 
 
+def test_what_a_round_learns_is_written_down_and_goes_when_no_checkpoint_needs_it(
+    checkpoints: TrainingCheckpoints, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Checkpoints 2 and 3 are kept; from 2 on, rounds 3 and 4 may have to be learnt again."""
+    for number in (3, 4):
+        checkpoints.write_round(number, fill_with(f"round {number}"))
+    assert content(checkpoints.round(4)) == "round 4"
+    assert checkpoints.round(5) is None
+    assert content(checkpoints.newest()) == "three"
+    checkpoints.write(4, fill_with("four"))
+    names = sorted(path.name for path in (tmp_path / "policy").iterdir())
+    assert names == ["checkpoint-000003", "checkpoint-000004", "round-000004"]
+    (tmp_path / "policy" / "round-000004" / "state.json").write_text("")
+    with caplog.at_level(logging.ERROR):
+        assert checkpoints.round(4) is None
+    assert "what a round learns is read from the stream again" in caplog.text
+
+
+def test_a_checkpoint_is_none_before_its_second_half_is_done(checkpoints: TrainingCheckpoints, tmp_path: Path) -> None:
+    staging = checkpoints.stage(4, fill_with("four"))
+    assert content(checkpoints.newest()) == "three"
+
+    def more() -> None:
+        (staging / "late.bin").write_text("late")
+        assert content(checkpoints.newest()) == "three"
+
+    assert checkpoints.finish(4, staging, more) == checkpoints.target(4)
+    assert content(checkpoints.newest()) == "four"
+    assert (checkpoints.target(4) / "late.bin").read_text() == "late"
+
+    def fail() -> None:
+        raise errors.Internal("a rank is gone")
+
+    with pytest.raises(errors.Internal, match="a rank is gone"):
+        checkpoints.finish(5, checkpoints.stage(5, fill_with("five")), fail)
+    assert content(checkpoints.newest()) == "four"
+    assert not (tmp_path / "policy" / ".staging").exists()
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir()
     return folder

@@ -1,0 +1,87 @@
+"""Ranks but the first do what rank 0 says, until it ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.trainer.samples import make_samples
+from trainer import ranks, team
+from trainer.config import TrainerSettings
+from trainer.guards import Unfit
+from trainer.team import Team
+
+
+class FakeLearner:
+    """Notes what it is asked to do."""
+
+    asked: list[tuple[Any, ...]]
+
+    def __init__(self, objective: Any, start: Path, settings: Any, *, learning_rate: float, steps_done: int) -> None:
+        FakeLearner.asked = [("made", objective.name, start, learning_rate, steps_done)]
+
+    def restore(self, folder: Path) -> None:
+        self.asked.append(("restore", folder))
+
+    def learn(self, samples: Any, reference: Any, *, round_number: int, stop: Any, on_step: Any) -> dict[str, float]:
+        self.asked.append(("learn", samples, sorted(reference), round_number))
+        if round_number == 2:
+            raise Unfit("The loss is nan.", reason="not_finite", remedy="Stop.")
+        return {"loss": 1.0}
+
+    def save(self, folder: Path, model: Path) -> None:
+        self.asked.append(("save", folder, model))
+
+    def close(self) -> None:
+        self.asked.append(("close",))
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What rank 0 of two has said, as the others hear it."""
+    heard: list[Any] = []
+    monkeypatch.setattr(team, "Learner", FakeLearner)
+    monkeypatch.setattr(team, "reference_logprobs", lambda path, wanted, **_: {sample.id: 0 for sample in wanted})
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "lead", lambda: True)
+    monkeypatch.setattr(ranks, "from_lead", lambda message: heard.append(json.loads(json.dumps(message))))
+    return heard
+
+
+def test_all_ranks_are_asked_the_same(said: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings, samples = TrainerSettings(), make_samples(3)
+    lead = Team(settings, lambda: False)
+    lead.reference(tmp_path, samples)
+    lead.open("policy", tmp_path, steps_done=7, checkpoint=tmp_path / "checkpoint")
+    assert lead.learn(samples, round_number=1) == {"loss": 1.0}
+    lead.save(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(Unfit):
+        lead.learn(samples, round_number=2)
+    lead.close()
+    lead.end()
+    by_lead = FakeLearner.asked
+    assert [entry[0] for entry in by_lead] == ["made", "restore", "learn", "save", "learn", "close"]
+    assert by_lead[2] == ("learn", samples, sorted(sample.id for sample in samples), 1)
+
+    told: Iterator[Any] = iter(said)
+    monkeypatch.setattr(ranks, "lead", lambda: False)
+    monkeypatch.setattr(ranks, "from_lead", lambda: next(told))
+    Team(settings, lambda: False).follow()
+    assert FakeLearner.asked == by_lead
+    assert FakeLearner.asked is not by_lead
+    assert list(told) == []
+
+
+def test_the_others_hear_of_rank_0_also_where_there_is_nothing_to_do(
+    said: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lead = Team(TrainerSettings(), lambda: False)
+    lead.idle()
+    assert said == []
+    monkeypatch.setattr(team, "IDLE_SECONDS", 0.0)
+    lead.idle()
+    assert [message["do"] for message in said] == ["idle"]
