@@ -164,7 +164,15 @@ class Reader:
 def await_none_waiting(query: Query, seconds: float) -> None:
     """Returns when nothing waits to be published and nothing is held. Raises TimeoutError."""
     deadline = time.monotonic() + seconds
-    while (left := waiting(query)) != (0, 0):
+    while True:
+        try:
+            left = waiting(query)
+        except psycopg.OperationalError as error:  # it still recovers from having been killed
+            left = (-1, -1)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"after {seconds:g} s, the database does not answer") from error
+        if left == (0, 0):
+            return
         if time.monotonic() > deadline:
             raise TimeoutError(f"after {seconds:g} s, {left[0]} events are not published and {left[1]} are held")
         time.sleep(0.05)
