@@ -71,7 +71,7 @@ class Report:
     """What came of it."""
 
     faults: Counter[str] = field(default_factory=Counter)
-    evaluations: dict[str, float] = field(default_factory=dict)
+    evaluations: dict[str, int] = field(default_factory=dict)
     recovery: dict[str, float] = field(default_factory=dict)
     acknowledged: int = 0
     lost: list[str] = field(default_factory=list)
@@ -222,14 +222,14 @@ def _answered(told: Told, since: float, *parts: str) -> Callable[[], Any]:
 
 
 def _last(report: Report, what: str) -> str:
-    told = f"told of after {report.evaluations[what]:g} evaluations, " if what in report.evaluations else ""
+    told = f"told of at evaluation {report.evaluations[what]}, " if what in report.evaluations else ""
     return f"{told}as before {report.recovery.get(what, 0.0):.1f} s after it healed"
 
 
 async def _kill(wheel: Wheel, watching: Prometheus, what: str, report: Report) -> None:
     part = wheel.parts[what]
     part.kill()
-    await _told_of(watching, what, "ThumbwheelPartDown", f'up{{job="{what}"}} == 0', report)
+    await _told_of(watching, what, "ThumbwheelPartDown", report)
     part.start()
     await asyncio.to_thread(part.wait_serving)
     await _recover(wheel, what, ("policy", "reward", "collector"), report)
@@ -248,18 +248,17 @@ async def _recover(wheel: Wheel, what: str, parts: tuple[str, ...], report: Repo
     report.recovery[what] = max(report.recovery.get(what, 0.0), time.monotonic() - healed)
 
 
-async def _told_of(watching: Prometheus, what: str, alert: str, seen: str, report: Report) -> None:
-    first = 0.0
-
+async def _told_of(watching: Prometheus, what: str, alert: str, report: Report) -> None:
     async def fires() -> bool:
-        nonlocal first
-        if not first and len(await asyncio.to_thread(watching.query, seen)):
-            first = time.monotonic()
-        return alert in await asyncio.to_thread(watching.firing)
+        found, now = await asyncio.to_thread(watching.alerts), time.time()
+        for one in found:
+            if one.name == alert and one.state == "firing":
+                at = watching.evaluations(one, now)
+                report.evaluations[what] = max(report.evaluations.get(what, 0), at)
+                return True
+        return False
 
     await until(fires, timeout=_WAIT_SECONDS)
-    took = (time.monotonic() - (first or time.monotonic())) / watching.evaluation_seconds
-    report.evaluations[what] = max(report.evaluations.get(what, 0.0), round(took, 1))
 
 
 async def _damaged(wheel: Wheel, watching: Prometheus, report: Report) -> None:
@@ -278,8 +277,7 @@ async def _damaged(wheel: Wheel, watching: Prometheus, report: Report) -> None:
         weights.write_bytes(data)
         digest = (store.root / manifest.version / "manifest.json").read_bytes()
         await asyncio.to_thread(announce, producer, manifest, hashlib.sha256(digest).hexdigest())
-    refused = "sum(thumbwheel_versions_refused_total) >= 3"
-    await _told_of(watching, "damaged versions", "ThumbwheelVersionsRefusedAgain", refused, report)
+    await _told_of(watching, "damaged versions", "ThumbwheelVersionsRefusedAgain", report)
     await _recover(wheel, "damaged versions", ("policy",), report)
     producer.close(5.0)
     log.close()

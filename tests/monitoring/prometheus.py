@@ -13,6 +13,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,14 @@ def alerts() -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Alert:
-    """An alert at a moment; its state is "pending" or "firing"."""
+    """An alert at a moment; its state is "pending" or "firing"; `since` is when an evaluation first found it so, in
+    seconds since the epoch.
+    """
 
     name: str
     labels: Mapping[str, str]
     state: str
+    since: float
 
 
 class Prometheus:
@@ -95,11 +99,17 @@ class Prometheus:
     def alerts(self) -> list[Alert]:
         """All alerts that are pending or firing."""
         found = self._get("alerts")["alerts"]
-        return [Alert(one["labels"]["alertname"], one["labels"], one["state"]) for one in found]
+        return [
+            Alert(one["labels"]["alertname"], one["labels"], one["state"], _seconds(one["activeAt"])) for one in found
+        ]
 
     def firing(self) -> set[str]:
         """The names of alerts that fire."""
         return {alert.name for alert in self.alerts() if alert.state == "firing"}
+
+    def evaluations(self, alert: Alert, now: float) -> int:
+        """How many evaluations have found it so by `now`, in seconds since the epoch."""
+        return 1 + int((now - alert.since) / self.evaluation_seconds)
 
     def _get(self, path: str, **parameters: str) -> Any:
         url = f"http://{self.address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
@@ -153,6 +163,11 @@ def prometheus(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait(10)
+
+
+def _seconds(text: str) -> float:
+    """Of a time as Prometheus writes it, with nanoseconds."""
+    return datetime.fromisoformat(re.sub(r"(\.\d{1,6})\d*", r"\1", text).replace("Z", "+00:00")).timestamp()
 
 
 def _await_ready(address: str, process: subprocess.Popen[bytes], log: Path) -> None:

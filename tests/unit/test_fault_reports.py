@@ -12,10 +12,10 @@ from tests.faults.checker import Verdict
 
 def test_the_worst_of_all_faults_is_told() -> None:
     outcomes = [
-        Outcome("a", "sqlite", "X", 1.5, 0.25),
+        Outcome("a", "sqlite", "X", 1, 0.25),
         Outcome("b", "sqlite", "", None, 4.0),
-        Outcome("late", "sqlite", "X", 2.5, 1.0),
-        Outcome("slow", "postgres", "X", 1.0, 5.5),
+        Outcome("late", "sqlite", "X", 3, 1.0),
+        Outcome("slow", "postgres", "X", 2, 5.5),
     ]
     verdict = Verdict(lost=["one"], counts={"acknowledged": 10})
     line = alerted.summary(outcomes, [verdict, verdict], [1.01, 1.2], 7)
@@ -24,7 +24,7 @@ def test_the_worst_of_all_faults_is_told() -> None:
         "seed": 7,
         "injected": 4,
         "alerted": 3,
-        "most_evaluations": 2.5,
+        "most_evaluations": 3,
         "most_recovery_seconds": 5.5,
         "lost": 2,
         "doubled": 0,
