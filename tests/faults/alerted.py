@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import psycopg
 
 from tests.faults.checker import Asked, Verdict
 from tests.faults.cluster import Cluster, cluster
@@ -281,14 +282,23 @@ async def _one(case: Case, database: str, made: Cluster, watching: Prometheus, l
         await asyncio.sleep(max(0.0, least - time.monotonic()))
     healed = time.monotonic()
     load.acked_at, load.asked_after = 0.0, healed
-    [(behind,)] = await asyncio.to_thread(made.query, "SELECT coalesce(max(id), 0) FROM outbox")
+    behind = await _ask(made, "SELECT coalesce(max(id), 0) FROM outbox")
     if case.name.startswith("broker kill"):
         made.publish(load.generations)
     left = f"SELECT count(*) FROM outbox WHERE published_at IS NULL AND id <= {behind}"
     async with asyncio.timeout(_SETTLE_SECONDS):
-        while not load.acked_at or (await asyncio.to_thread(made.query, left))[0][0]:  # noqa: ASYNC110 - another process
-            await asyncio.sleep(0.02)
+        while not load.acked_at or await _ask(made, left):  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.05)
     return Outcome(case.name, database, alert, evaluations, time.monotonic() - healed)
+
+
+async def _ask(made: Cluster, sql: str) -> int:
+    """A number from the database, which may be too busy to answer at once."""
+    while True:
+        try:
+            return int((await asyncio.to_thread(made.query, sql))[0][0])
+        except (psycopg.OperationalError, sqlite3.OperationalError):
+            await asyncio.sleep(0.05)
 
 
 async def _told_of(case: Case, watching: Prometheus) -> tuple[str, int]:
