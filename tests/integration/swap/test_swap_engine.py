@@ -403,7 +403,7 @@ async def _score(engine: Engine, tokens: list[int], name: str) -> float:
 
     params = vllm.PoolingParams(task="classify", use_activation=False)
     async for output in engine.llm.encode(vllm.TokensPrompt(prompt_token_ids=tokens), params, name):
-        return float(output.outputs.data.float().item())
+        return float(output.outputs.data.float().flatten()[0])  # the overall score is the first head's
     raise AssertionError("no score")
 
 
