@@ -55,7 +55,7 @@ class StepReport:
     """Before clipping."""
     measures: Mapping[str, float]
     """What the objective measured, such as `margin`; in a mixture `dpo_margin`, and `dpo_loss`, and so on."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
     """What took how long: `gradients`, and `optimizer` with the reduction over ranks before it."""
 
     def numbers(self) -> dict[str, float]:

@@ -79,7 +79,9 @@ def test_the_reward_model_learns_to_rank(reward_path: Path) -> None:
     reports: list[StepReport] = []
     learner.learn(make_samples(8), {}, round_number=1, on_step=reports.append)
     learner.close()
-    assert reports[-1].loss < reports[0].loss / 2
+    # The loss has the ensemble's in it, whose members learn on their own, each from its half of the pairs.
+    assert reports[-1].loss < reports[0].loss
+    assert reports[-1].measures["margin"] > reports[0].measures["margin"] + 2.0
     assert reports[-1].measures["accuracy"] == 1.0
 
 
