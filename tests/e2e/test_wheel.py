@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,13 @@ def _cli(settings: StackSettings, *arguments: str) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
+def _started_since(before: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Processes of the stack: children of this one, but for those that other tests still have, such as a database."""
+    return [process for process in psutil.Process().children(recursive=True) if process not in before]
+
+
 async def test_the_wheel_turns(settings: StackSettings) -> None:
+    before = psutil.Process().children(recursive=True)
     async with Stack.running(settings, environment=ENVIRONMENT) as stack, _client(settings) as client:
         store = LocalStore(settings.store_path, ManifestVerifier.load(settings.keys_path))
         assert (await client.policy()).version == "policy-000000"
@@ -126,7 +132,7 @@ async def test_the_wheel_turns(settings: StackSettings) -> None:
         assert len(json.loads(told.stdout)) == 2, told.stderr
         told = await asyncio.to_thread(_cli, settings, "feedback", "compare", "a", "--json")
         assert json.loads(told.stdout)["duplicate"] is False, told.stderr
-        processes = psutil.Process().children(recursive=True)
+        processes = _started_since(before)
     assert [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
     told = await asyncio.to_thread(_cli, settings, "status")
     assert told.returncode == 1
@@ -135,10 +141,11 @@ async def test_the_wheel_turns(settings: StackSettings) -> None:
 
 async def test_when_a_part_dies_the_rest_is_stopped_and_it_is_named(settings: StackSettings) -> None:
     processes: list[psutil.Process] = []
+    before = psutil.Process().children(recursive=True)
 
     async def kill_the_collector() -> None:
         async with Stack.running(settings, environment=ENVIRONMENT) as stack:
-            processes.extend(psutil.Process().children(recursive=True))
+            processes.extend(_started_since(before))
             os.kill(stack.parts["collector"].process.pid, signal.SIGKILL)
             await asyncio.Event().wait()  # cut short by the death
 

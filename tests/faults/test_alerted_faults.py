@@ -1,4 +1,4 @@
-"""A short form of `make faults`: of each kind of fault one, told by its alert, and nothing lost of it."""
+"""A short form of `make faults`: three of its faults, told by their alerts, and nothing lost of them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from tests.faults import alerted
 from tests.faults.alerted import MOST_RETRIES
 from tests.faults.proxy import FAULTS
 
-CHOSEN = {"broker partition", "database reset", "collector kill -9", "clock"}
+CHOSEN = {"broker partition", "database reset", "collector kill -9"}
 
 
 @pytest.mark.timeout(400)
-def test_each_kind_of_fault_is_told_of_and_passes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_faults_are_told_of_and_pass(capsys: pytest.CaptureFixture[str]) -> None:
     outcomes, verdict, retries = asyncio.run(alerted.run("postgres", 1, CHOSEN.__contains__, print))
     assert {outcome.name: outcome.alert for outcome in outcomes} == {
         "broker partition": "ThumbwheelBrokerAway",
         "database reset": "ThumbwheelDatabaseAway",
         "collector kill -9": "ThumbwheelPartDown",
-        "clock": "ThumbwheelClockOff",
     }
     # How long each took is for `make faults` to tell: a machine may be busy while tests run.
     assert (verdict.lost, verdict.doubled, verdict.reordered, verdict.wrong) == ([], [], [], [])

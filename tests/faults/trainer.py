@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import synchronize
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -59,8 +60,10 @@ class Episode:
     seconds: float
 
 
-def trainer_process(arguments: Sequence[str], rank: int, ranks: int, port: int, log: Path) -> None:
-    """A rank of the trainer, in a process of its own."""
+def trainer_process(
+    arguments: Sequence[str], rank: int, ranks: int, port: int, log: Path, heeds: synchronize.Event
+) -> None:
+    """A rank of the trainer, in a process of its own; sets `heeds` once it heeds SIGTERM."""
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -77,6 +80,7 @@ def trainer_process(arguments: Sequence[str], rank: int, ranks: int, port: int, 
     telemetry.setup_logging("trainer", settings.log_level)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    heeds.set()
     process.main(settings, stop)
 
 
@@ -88,6 +92,7 @@ class Trainer:
     broker: EmbeddedBroker
     ranks: int
     processes: list[BaseProcess] = field(default_factory=list)
+    heeding: list[synchronize.Event] = field(default_factory=list)
 
     def start(self, *more: str) -> None:
         """Starts all ranks."""
@@ -96,11 +101,13 @@ class Trainer:
         arguments += ["--round-size", str(ROUND_SIZE), "--batch-size", "2", "--policy-learning-rate", "1e-3"]
         arguments += ["--zero-stage", "2" if self.ranks > 1 else "0", *more]
         context, port = multiprocessing.get_context("forkserver"), free_port()
+        self.heeding = [context.Event() for _ in range(self.ranks)]
         self.processes = [
             context.Process(
-                target=trainer_process, args=(arguments, rank, self.ranks, port, self.home / f"trainer-{rank}.log")
+                target=trainer_process,
+                args=(arguments, rank, self.ranks, port, self.home / f"trainer-{rank}.log", heeds),
             )
-            for rank in range(self.ranks)
+            for rank, heeds in enumerate(self.heeding)
         ]
         for process in self.processes:
             process.start()
@@ -113,8 +120,9 @@ class Trainer:
             process.join(10.0)
 
     def stop(self) -> list[int | None]:
-        """SIGTERM; returns how they ended."""
-        for process in self.processes:
+        """SIGTERM, once they heed it; returns how they ended."""
+        for process, heeds in zip(self.processes, self.heeding, strict=True):
+            heeds.wait(60.0)
             process.terminate()
         for process in self.processes:
             process.join(60.0)
