@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import math
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from thumbwheel import errors
 from thumbwheel.channels import Metadata
 from thumbwheel.v1.events_pb2 import GenerationEvent
 from thumbwheel.v1.preference_pb2 import NextComparisonResponse, PickStrategy
-from thumbwheel.v1.reward_pb2 import ScoreItem, ScoreRequest
+from thumbwheel.v1.reward_pb2 import CompareRequest, CompareResponse
 
 if TYPE_CHECKING:
     from thumbwheel.v1.reward_pb2_grpc import RewardServiceAsyncStub
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 POOL = 16
 """The newest pairs are those that the reward model is asked about."""
-SCORE_SECONDS = 3.0
+COMPARE_SECONDS = 3.0
 TRIES = 3
 
 
@@ -74,20 +74,42 @@ class Asking:
         )
 
     async def _unsure(self, pool: Sequence[Eligible]) -> dict[Pair, float]:
-        """|p - 1/2| of the pairs by the reward model (Bradley-Terry); nothing where there is none, or it is away."""
+        """How unsure the reward model is of pairs. Those that it does not answer for in time are left out, which are
+        all where there is none, or it is away.
+        """
         if self.reward is None:
             return {}
         events = await self.database.read(partial(_events, ids={id for one in pool for id in one.pair}))
-        ids = sorted(events)
-        items = [ScoreItem(prompt=events[id].prompt, response=events[id].generation.text) for id in ids]
+        asked = [self._compare(self.reward, events[one.pair.first], events[one.pair.second]) for one in pool]
+        answers = await asyncio.gather(*asked)
+        faults = [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
+        if faults:
+            fault = str(errors.from_rpc_error(faults[0]))
+            logger.warning("picked without the reward model", extra={"pairs": len(faults), "error": fault})
+        return {
+            one.pair: unsureness(answer)
+            for one, answer in zip(pool, answers, strict=True)
+            if isinstance(answer, CompareResponse)
+        }
+
+    async def _compare(
+        self, reward: RewardServiceAsyncStub, a: GenerationEvent, b: GenerationEvent
+    ) -> CompareResponse | grpc.aio.AioRpcError:
+        request = CompareRequest(prompt=a.prompt, response_a=a.generation.text, response_b=b.generation.text)
         try:
-            answer = await self.reward.Score(ScoreRequest(items=items), timeout=SCORE_SECONDS, metadata=self.metadata)
+            return await reward.Compare(request, timeout=COMPARE_SECONDS, metadata=self.metadata)
         except grpc.aio.AioRpcError as error:
-            logger.warning("picked without the reward model", extra={"error": str(errors.from_rpc_error(error))})
-            return {}
-        scores = dict(zip(ids, (one.score for one in answer.scores), strict=True))
-        margins = {one.pair: scores[one.pair.first] - scores[one.pair.second] for one in pool}
-        return {pair: abs(0.5 * math.tanh(margin / 2)) for pair, margin in margins.items()}
+            return error
+
+
+def unsureness(answer: CompareResponse) -> float:
+    """How unsure the reward model is of a pair: the more, the more a vote on it teaches.
+
+    That is how far the members of its ensemble are apart (Christiano et al., 2017, arXiv 1706.03741, section 2.2.4). A
+    probability near 1/2 may also be that of two responses known to be alike, of which votes teach nothing; so it is
+    taken only of a model that has no ensemble. Models of both kinds are never live together.
+    """
+    return answer.uncertainty if answer.HasField("uncertainty") else 0.5 - abs(answer.probability_a - 0.5)
 
 
 def _events(connection: Connection, ids: Collection[str]) -> dict[str, GenerationEvent]:

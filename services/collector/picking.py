@@ -2,7 +2,7 @@
 
     eligible pairs ─┬─ a fixed share: any of them alike             RANDOM      unbiased measurement
                     ├─ a share: two policy versions, any alike      DUEL        which version is better
-                    └─ the rest: closest to p = 1/2                 UNCERTAIN   what the reward model learns most from
+                    └─ the rest: least sure by the reward model     UNCERTAIN   what it learns most from
 
 The propensity of a pair in an order is the sum over the strategies that could have picked it, halved for the order.
 """
@@ -81,8 +81,8 @@ def probabilities(
 ) -> dict[Pair, dict[str, float]]:
     """By pair and strategy, the probability of being picked, in either order. They add up to 1.
 
-    `unsure` maps pairs to |p - 1/2| as the reward model has it; empty where none was asked. A strategy that has nothing
-    to pick from leaves its share to the others: duels to uncertainty, uncertainty to duels, and both to chance.
+    `unsure` maps pairs to how unsure the reward model is of them; empty where it was not asked. A strategy that has
+    nothing to pick from leaves its share to the others: duels to uncertainty, uncertainty to duels, and both to chance.
     """
     duels = [one.pair for one in pairs if one.duel]
     chance, duel = shares.random, shares.duel
@@ -95,7 +95,7 @@ def probabilities(
     for pair in duels:
         found[pair][DUEL] = duel / len(duels)
     if unsure:
-        found[min(unsure, key=lambda pair: (unsure[pair], pair))][UNCERTAIN] = uncertain
+        found[max(unsure, key=lambda pair: (unsure[pair], pair))][UNCERTAIN] = uncertain
     return found
 
 

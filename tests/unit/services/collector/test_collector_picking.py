@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,15 +27,15 @@ from services.collector.service import reward_service
 from tests.unit.services.collector import parts
 from tests.unit.services.collector.parts import Deployment, store
 from thumbwheel import errors
-from thumbwheel.v1.preference_pb2 import PickStrategy
-from thumbwheel.v1.reward_pb2 import RewardScore, ScoreRequest, ScoreResponse
+from thumbwheel.v1.preference_pb2 import NextComparisonResponse, PickStrategy
+from thumbwheel.v1.reward_pb2 import CompareRequest, CompareResponse
 from thumbwheel.v1.reward_pb2_grpc import (
     RewardServiceServicer,
     add_RewardServiceServicer_to_server,
 )
 
 PAIRS = [Eligible(Pair(f"a{i}", f"b{i}"), duel=i < 2) for i in range(5)]
-UNSURE = {one.pair: 0.1 * (1 + abs(i - 3)) for i, one in enumerate(PAIRS)}
+UNSURE = {one.pair: 0.1 / (1 + abs(i - 3)) for i, one in enumerate(PAIRS)}
 
 
 def test_each_strategy_adds_its_share() -> None:
@@ -59,7 +60,7 @@ def test_propensities_add_up_to_one_and_nothing_is_impossible(
     duels: list[bool], scored: bool, chance: float, duel: float
 ) -> None:
     pairs = [Eligible(Pair(f"a{i}", f"b{i}"), one) for i, one in enumerate(duels)]
-    unsure = {one.pair: 0.5 / (1 + i) for i, one in enumerate(pairs)} if scored else {}
+    unsure = {one.pair: 0.1 * (1 + i) for i, one in enumerate(pairs)} if scored else {}
     found = probabilities(pairs, Shares(chance, min(duel, 1.0 - chance)), unsure)
     totals = [sum(by.values()) for by in found.values()]
     assert len(totals) == len(pairs)
@@ -103,41 +104,82 @@ async def test_only_what_a_user_has_not_seen_and_can_tell_apart_is_eligible(
 
 
 class Rewards(RewardServiceServicer):
-    """A reward service that scores by length, and may be away."""
+    """A reward service that prefers the longer response, the more so the longer it is, as its ensemble is then the more
+    divided.
+    """
 
+    ensemble = True
+    speechless = -1
+    """Answers with an error where the responses differ by so much in length."""
     away = False
     keys: ClassVar[set[str]] = set()
 
-    async def Score(self, request: ScoreRequest, context: grpc.aio.ServicerContext[Any, Any]) -> ScoreResponse:
-        if self.away:
+    async def Compare(self, request: CompareRequest, context: grpc.aio.ServicerContext[Any, Any]) -> CompareResponse:
+        longer = len(request.response_a) - len(request.response_b)
+        if self.away or abs(longer) == self.speechless:
             raise RuntimeError("away")
         self.keys.update(str(value) for key, value in context.invocation_metadata() or () if key == "authorization")
-        return ScoreResponse(scores=[RewardScore(score=len(item.response)) for item in request.items], version="r")
+        answer = CompareResponse(probability_a=1 / (1 + math.exp(-longer)), version="r")
+        if self.ensemble:
+            answer.uncertainty = 0.01 * abs(longer)
+        return answer
 
 
-async def test_the_reward_model_is_asked_over_grpc_and_done_without(
-    database: Database, deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pairs = [deployment.pair("short", "short" + "!" * gap) for gap in (4, 1, 9)]
-    await store(database, *(event for pair in pairs for event in pair))
-    server, rewards = grpc.aio.server(), Rewards()  # type: ignore[abstract]  # as above
+@pytest.fixture
+async def rewards() -> AsyncIterator[tuple[Rewards, str]]:
+    """The service, and where it is."""
+    server, rewards = grpc.aio.server(), Rewards()  # type: ignore[abstract]  # what is not asked is not there
     add_RewardServiceServicer_to_server(rewards, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
+    yield rewards, f"127.0.0.1:{port}"
+    await server.stop(None)
+
+
+def of(response: NextComparisonResponse) -> set[str]:
+    """Which two."""
+    return {response.a.generation_id, response.b.generation_id}
+
+
+async def test_what_the_ensemble_differs_on_is_picked_and_else_what_is_closest_to_a_half(
+    database: Database, deployment: Deployment, tmp_path: Path, rewards: tuple[Rewards, str]
+) -> None:
+    """It differs most on the pairs that are furthest from 1/2."""
+    service, address = rewards
+    pairs = {gap: deployment.pair("short", "short" + "!" * gap) for gap in (4, 1, 9)}
+    ids = {gap: {event.event_id for event in pair} for gap, pair in pairs.items()}
+    await store(database, *(event for pair in pairs.values() for event in pair))
+    async with reward_service(CollectorSettings(home=tmp_path, reward=address)) as (reward, metadata):
+        asking = Asking(database, reward, metadata, Shares(0.0, 0.0), draw=random.Random(0))
+        assert of(await asking.next("default", "ann")) == ids[9]
+        service.speechless = 9
+        assert of(await asking.next("default", "bob")) == ids[4], "the most of what was answered"
+        service.speechless, service.ensemble = -1, False
+        assert of(await asking.next("default", "eve")) == ids[1]
+
+
+async def test_the_reward_model_is_asked_over_grpc_and_done_without(
+    database: Database,
+    deployment: Deployment,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rewards: tuple[Rewards, str],
+) -> None:
+    service, address = rewards
+    pairs = [deployment.pair("short", "short" + "!" * gap) for gap in (4, 9, 1)]
+    await store(database, *(event for pair in pairs for event in pair))
     monkeypatch.setenv("THUMBWHEEL_API_KEY", "tw_secret")
-    settings = CollectorSettings(home=tmp_path, reward=f"127.0.0.1:{port}")
-    async with reward_service(settings) as (reward, metadata):
+    async with reward_service(CollectorSettings(home=tmp_path, reward=address)) as (reward, metadata):
         asking = Asking(database, reward, metadata, Shares(0.01, 0.0), draw=random.Random(0))
         first = await asking.next("default", "ann")
         assert first.strategy == PickStrategy.PICK_STRATEGY_UNCERTAIN
-        assert {first.a.generation_id, first.b.generation_id} == {event.event_id for event in pairs[1]}
+        assert of(first) == {event.event_id for event in pairs[1]}
         assert first.propensity == pytest.approx((0.99 + 0.01 / 3) / 2)
-        assert rewards.keys == {"Bearer tw_secret"}
-        rewards.away = True
+        assert service.keys == {"Bearer tw_secret"}
+        service.away = True
         second = await asking.next("default", "ann")
         assert second.strategy == PickStrategy.PICK_STRATEGY_RANDOM
         assert second.propensity == pytest.approx(1 / 4)
         await asking.next("default", "ann")
         with pytest.raises(errors.NotFound, match="'ann' has not seen"):
             await asking.next("default", "ann")
-    await server.stop(None)
