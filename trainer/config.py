@@ -228,6 +228,10 @@ class TrainerSettings(LearningSettings, Settings):
     min_reward_variance: float = Field(default=1e-6, ge=0)
     """Prompts whose responses' rewards vary less are left out: there is nothing to be learnt from them."""
 
+    reward_pessimism: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """What is taken off a rollout's score for each standard deviation that the reward model's ensemble is unsure of it
+    (over the reference's score, where it is known); 0 takes the score as it is."""
+
     max_staleness: int = Field(default=4, ge=0)
     """Rollouts are dropped where a part was written more than so many versions before the learning one."""
 

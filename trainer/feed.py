@@ -164,7 +164,13 @@ def open_rollouts(settings: TrainerSettings, task: TaskName) -> Rollouts:
             allow_insecure=settings.allow_insecure,
         )
 
-    return Rollouts(connect, task=task, responses=settings.rollout_responses, max_tokens=settings.rollout_tokens)
+    return Rollouts(
+        connect,
+        task=task,
+        responses=settings.rollout_responses,
+        max_tokens=settings.rollout_tokens,
+        pessimism=settings.reward_pessimism,
+    )
 
 
 def variance(group: Group) -> float:

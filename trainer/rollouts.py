@@ -1,9 +1,9 @@
 """Rollouts: responses of the live policy with their rewards, made by the serving fleet while the learner learns.
 
-    prompts ─▶ GenerateBulk ─▶ responses ─▶ ScoreStream ─▶ groups
-       ▲      policy, behind people's        reward, a stream a group
-       │      requests                           │
-       └─────────────────────────────────────────┘ whichever is away is asked again, until it answers
+    prompts ─▶ GenerateBulk ─▶ responses ─▶ Score ─▶ groups
+       ▲      policy, behind people's        reward, a call a group
+       │      requests                         │
+       └───────────────────────────────────────┘ whichever is away is asked again, until it answers
 
 It runs in a thread of its own. A prompt that was asked comes back exactly once: as a group, or as refused. Services
 that are away for minutes only make it come later.
@@ -22,7 +22,7 @@ from typing import TypeVar
 from thumbwheel import errors
 from thumbwheel.client import AsyncClient
 from thumbwheel.v1 import policy_pb2 as pb
-from thumbwheel.v1.reward_pb2 import ScoreItem
+from thumbwheel.v1.reward_pb2 import RewardScore, ScoreItem
 from trainer import metrics
 from trainer.prompts import Prompt
 from trainer.samples import Group, Rollout
@@ -38,7 +38,6 @@ FIRST_PAUSE, LAST_PAUSE = 0.5, 15.0
 _BULK_SECONDS = 86_400.0
 _SCORED_AT_ONCE = 8
 """Groups that are scored at the same time."""
-_VERSION_TRIES = 5
 _CLOSE_SECONDS = 10.0
 _PASSES = (errors.Unavailable, errors.ResourceExhausted, errors.DeadlineExceeded, errors.Internal)
 _PASSING_CODES = {error.code.name for error in _PASSES}
@@ -50,8 +49,17 @@ Answer = tuple[Prompt, Group | None]
 class Rollouts:
     """Asks for rollouts in the background. `connect` makes the client, in the thread's event loop."""
 
-    def __init__(self, connect: Callable[[], AsyncClient], *, task: str, responses: int, max_tokens: int) -> None:
-        self._connect, self._task = connect, task
+    def __init__(
+        self,
+        connect: Callable[[], AsyncClient],
+        *,
+        task: str,
+        responses: int,
+        max_tokens: int,
+        pessimism: float = 0.0,
+    ) -> None:
+        """`responses` to a prompt, of at most `max_tokens`; `pessimism` times its uncertainty is taken off a score."""
+        self._connect, self._task, self._pessimism = connect, task, pessimism
         self._count, self._sampling = responses, pb.SamplingParams(temperature=1.0, max_tokens=max_tokens)
         self._asked: asyncio.Queue[Prompt] = asyncio.Queue()
         self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
@@ -193,33 +201,40 @@ class Rollouts:
     async def _group(self, client: AsyncClient, prompt: Prompt, generations: Sequence[pb.Generation]) -> Group:
         """The group of a prompt's responses, all scored by one version."""
         asked = pb.Prompt(tokens=pb.TokenIds(ids=prompt.tokens))
-        texts = [generation.text for generation in generations]
-        if prompt.reference:
-            texts.append(prompt.reference)
-        items = [ScoreItem(prompt=asked, response=text) for text in texts]
-        for _ in range(_VERSION_TRIES):
-            scored = [answer async for answer in _spoken(client.score_stream(items))]
-            if len({answer.version for answer in scored}) == 1:
-                break
-        else:
-            raise errors.Unavailable("The reward service swapped within every attempt to score one group.")
-        scores = [answer.score.score for answer in scored]
+        answer = await client.score_items(
+            [ScoreItem(prompt=asked, response=one.text, reference_response=prompt.reference) for one in generations]
+        )
+        first = answer.scores[0]
         return Group(
             id=prompt.id,
             prompt=prompt.tokens,
             rollouts=tuple(
                 Rollout(
                     tokens=tuple(generation.token_ids),
-                    reward=score,
+                    reward=self._reward(score, answer.version),
                     logprobs=tuple(generation.logprobs),
                     finished=generation.finish_reason == pb.FINISH_REASON_STOP,
                 )
-                for generation, score in zip(generations, scores, strict=False)
+                for generation, score in zip(generations, answer.scores, strict=True)
             ),
-            reference_reward=scores[-1] if prompt.reference else None,
+            reference_reward=first.score - first.score_over_reference if prompt.reference else None,
             versions=tuple(sorted({span.version for generation in generations for span in generation.spans})),
-            reward_version=scored[0].version,
+            reward_version=answer.version,
         )
+
+    def _reward(self, score: RewardScore, version: str) -> float:
+        """The score, less what the model is unsure of: a lower bound of the reward, so that there is little to be had
+        where it knows little (Coste et al., 2023, arXiv 2310.02743). Raises `errors.FailedPrecondition` where the
+        model has no ensemble to say so.
+        """
+        if not self._pessimism:
+            return score.score
+        if not score.HasField("uncertainty"):
+            raise errors.FailedPrecondition(
+                f"{version} has no ensemble that says how unsure it is.",
+                remedy="Set --reward-pessimism 0, or begin a reward model with --ensemble-heads.",
+            )
+        return score.score - self._pessimism * score.uncertainty
 
     def _refuse(self, prompt: Prompt, reason: str) -> None:
         logger.warning("prompt refused: %s", reason, extra={"task": self._task, "prompt": prompt.id})

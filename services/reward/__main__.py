@@ -17,6 +17,7 @@ async def main(settings: RewardSettings) -> None:
     """Starts the engine on the newest version that verifies, then serves and follows new ones."""
     from services.admission import Admission
     from services.process import running
+    from services.reward.reference import Baselines
     from services.reward.service import RewardService
     from thumbwheel.v1.reward_pb2_grpc import add_RewardServiceServicer_to_server
     from thumbwheel.v1.rollout_pb2 import ModelRole
@@ -31,6 +32,7 @@ async def main(settings: RewardSettings) -> None:
             max_model_len=settings.max_model_len,
             admission=Admission.of(settings),
             references=references,
+            baselines=Baselines(settings.reference_capacity),
         )
         await model.serve(
             "thumbwheel.v1.RewardService", lambda server: add_RewardServiceServicer_to_server(service, server)

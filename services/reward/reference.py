@@ -1,7 +1,8 @@
 """The reference policy's response to a prompt: asked for once, and kept with the prompt.
 
 The baseline of ChatGLM-RLHF (Hou et al., 2024, arXiv 2404.00934): r(x, y) − r(x, y_ref), with one y_ref ~ π₀ for each
-prompt. What is kept are responses, not their scores, so that every reward version scores them anew.
+prompt. Responses are kept on disk, beyond any reward version; what a version says of them, in memory, for as long as it
+is live.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import hashlib
 import logging
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable
+from array import array
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from prometheus_client import Counter
@@ -23,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 LOOKUPS = Counter("thumbwheel_reward_reference_total", "Reference responses looked up, by how that ended.", ["outcome"])
 _SCHEMA = "CREATE TABLE IF NOT EXISTS reference (key BLOB PRIMARY KEY, response TEXT NOT NULL, used REAL NOT NULL)"
+
+Tokens = tuple[int, ...]
+"""Token ids of a prompt and a reference response to it."""
 
 Ask = Callable[[Prompt], Awaitable[str]]
 """Asks the reference policy. Raises our errors."""
@@ -84,3 +90,36 @@ class References:
                 (self._capacity,),
             )
         return response
+
+
+class Baselines:
+    """What all heads of the live version say of reference responses. Those asked for longest ago are dropped."""
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._version = ""
+        self._values: OrderedDict[bytes, Sequence[float]] = OrderedDict()
+
+    def known(self, version: str, references: Collection[Tokens]) -> dict[Tokens, Sequence[float]]:
+        """[K] values of each of these that the version has scored already."""
+        if version != self._version:
+            return {}
+        found = {}
+        for reference in references:
+            if (values := self._values.get(key := _key(reference))) is not None:
+                self._values.move_to_end(key)
+                found[reference] = values
+        return found
+
+    def keep(self, version: str, scored: Mapping[Tokens, Sequence[float]]) -> None:
+        """Keeps what the version said; forgets what others did."""
+        if version != self._version:
+            self._values.clear()
+            self._version = version
+        self._values.update((_key(reference), values) for reference, values in scored.items())
+        while len(self._values) > self._capacity:
+            self._values.popitem(last=False)
+
+
+def _key(tokens: Tokens) -> bytes:
+    return hashlib.sha256(array("I", tokens).tobytes()).digest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc.aio
 import uuid_utils
@@ -15,7 +15,7 @@ from services.admission import Admission
 from services.engine import Engine
 from services.prompts import PromptEncoder
 from services.reward.reading import Reading
-from services.reward.reference import References
+from services.reward.reference import Baselines, References, Tokens
 from thumbwheel import errors
 from thumbwheel.v1 import reward_pb2 as pb
 from thumbwheel.v1.policy_pb2 import Prompt
@@ -31,6 +31,17 @@ READ_AHEAD = 32
 """Items of a stream that are scored at a time."""
 
 
+class _Said(NamedTuple):
+    """What a version's K heads say."""
+
+    values: list[list[float]]
+    """[N, K] of sequences."""
+    baselines: dict[Tokens, Sequence[float]]
+    """[K] of each reference."""
+    reading: Reading
+    version: str
+
+
 class RewardService(RewardServiceServicer):
     """Scores with the live version. See `proto/thumbwheel/v1/reward.proto`."""
 
@@ -42,10 +53,11 @@ class RewardService(RewardServiceServicer):
         max_model_len: int,
         admission: Admission,
         references: References,
+        baselines: Baselines,
     ) -> None:
         self._engine, self._encoder = engine, encoder
         self._max_len = max_model_len
-        self._admission, self._references = admission, references
+        self._admission, self._references, self._baselines = admission, references, baselines
 
     async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
         """Scores of all items, by one version."""
@@ -85,11 +97,12 @@ class RewardService(RewardServiceServicer):
             self._encode(request.prompt, response, prefix="", name=name)
             for name, response in (("response_a", request.response_a), ("response_b", request.response_b))
         ]
-        (a, b), reading, version = await self._values(encoded)
-        response = pb.CompareResponse(version=version)
-        response.score_a.CopyFrom(reading.score(a, None, len(encoded[0])))
-        response.score_b.CopyFrom(reading.score(b, None, len(encoded[1])))
-        reading.compare(a, b, response)
+        said = await self._ask(encoded)
+        a, b = said.values
+        response = pb.CompareResponse(version=said.version)
+        response.score_a.CopyFrom(said.reading.score(a, None, len(encoded[0])))
+        response.score_b.CopyFrom(said.reading.score(b, None, len(encoded[1])))
+        said.reading.compare(a, b, response)
         return response
 
     async def GetReward(self, request: pb.GetRewardRequest, context: Context) -> pb.GetRewardResponse:
@@ -121,23 +134,21 @@ class RewardService(RewardServiceServicer):
 
     async def _scores(self, items: Sequence[tuple[pb.ScoreItem, str]]) -> tuple[list[pb.RewardScore], str]:
         """Scores of items, each with what comes before the names of its fields; over the reference where one is known.
-        References that several items share are scored once.
+        A version scores each reference once.
         """
         encoded = [self._encode(item.prompt, item.response, prefix=prefix) for item, prefix in items]
-        references = [await self._reference(item, prefix) for item, prefix in items]
-        wanted = dict.fromkeys(tuple(ids) for ids in references if ids)
-        values, reading, version = await self._values([*encoded, *map(list, wanted)])
-        baseline = dict(zip(wanted, values[len(encoded) :], strict=True))
+        references = [tuple(await self._reference(item, prefix)) for item, prefix in items]
+        said = await self._ask(encoded, list(dict.fromkeys(filter(None, references))))
         scores = [
-            reading.score(found, baseline.get(tuple(reference)), len(ids))
-            for ids, found, reference in zip(encoded, values, references, strict=False)
+            said.reading.score(found, said.baselines.get(reference), len(ids))
+            for ids, found, reference in zip(encoded, said.values, references, strict=True)
         ]
         for score in scores:
             SCORED.inc()
             SCORE.observe(score.score)
             if score.HasField("uncertainty"):
                 UNCERTAINTY.set(score.uncertainty)
-        return scores, version
+        return scores, said.version
 
     async def _reference(self, item: pb.ScoreItem, prefix: str) -> list[int]:
         """Token ids of prompt and reference response; empty without one."""
@@ -149,16 +160,22 @@ class RewardService(RewardServiceServicer):
             prompt, response, limit=self._max_len, field=f"{prefix}prompt", response_field=f"{prefix}{name}"
         )
 
-    async def _values(self, sequences: Sequence[list[int]]) -> tuple[list[list[float]], Reading, str]:
-        """What all heads say of sequences, by one version; and how to read it."""
-        tokens = sum(len(ids) for ids in sequences)
-        with self._admission.admit(prompt=tokens, sequences=len(sequences)) as ticket:
+    async def _ask(self, sequences: Sequence[list[int]], references: Sequence[Tokens] = ()) -> _Said:
+        """What all heads say of sequences, and of references, by one version."""
+        known = self._baselines.known(self._engine.version, references)
+        expected = [*sequences, *(ids for ids in references if ids not in known)]
+        with self._admission.admit(prompt=sum(map(len, expected)), sequences=len(expected)) as ticket:
             async with self._engine.turnstile.call():
                 version, reading = self._engine.version, Reading.of(self._engine.live)
+                known = self._baselines.known(version, references)  # a swap may have come in between
+                new = [ids for ids in references if ids not in known]
                 async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(self._one(ids)) for ids in sequences]
+                    tasks = [group.create_task(self._one(ids)) for ids in (*sequences, *map(list, new))]
+                values = [task.result() for task in tasks]
+                scored = dict(zip(new, values[len(sequences) :], strict=True))
+                self._baselines.keep(version, scored)
             ticket.used = 0  # beyond what was read
-            return [task.result() for task in tasks], reading, version
+        return _Said(values[: len(sequences)], {**known, **scored}, reading, version)
 
     async def _one(self, ids: list[int]) -> list[float]:
         import vllm

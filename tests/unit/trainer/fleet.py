@@ -58,18 +58,24 @@ class _Reward(RewardServiceServicer):
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
 
-    async def ScoreStream(
-        self, request_iterator: AsyncIterator[reward_pb2.ScoreStreamRequest], context: Any
-    ) -> AsyncIterator[reward_pb2.ScoreStreamResponse]:
+    async def Score(self, request: reward_pb2.ScoreRequest, context: Any) -> reward_pb2.ScoreResponse:
         if self._fleet.denies:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "Not for you.")
-        async for request in request_iterator:
-            score = reward_pb2.RewardScore(score=self._fleet.judge(request.item.response))
-            yield reward_pb2.ScoreStreamResponse(score=score, version=self._fleet.reward_version)
+        return reward_pb2.ScoreResponse(
+            scores=[self._score(item) for item in request.items], version=self._fleet.reward_version
+        )
 
-    async def Score(self, request: Any, context: Any) -> Any: ...
+    def ScoreStream(self, request_iterator: Any, context: Any) -> Any: ...
     async def Compare(self, request: Any, context: Any) -> Any: ...
     async def GetReward(self, request: Any, context: Any) -> Any: ...
+
+    def _score(self, item: reward_pb2.ScoreItem) -> reward_pb2.RewardScore:
+        score = reward_pb2.RewardScore(score=self._fleet.judge(item.response))
+        if item.reference_response:
+            score.score_over_reference = score.score - self._fleet.judge(item.reference_response)
+        if self._fleet.doubt is not None:
+            score.uncertainty = self._fleet.doubt(item.response)
+        return score
 
 
 class Fleet:
@@ -81,6 +87,8 @@ class Fleet:
         """Ids of all requests that the policy read."""
         self.say: Callable[[list[int], int], list[int]] = lambda prompt, index: [prompt[0] + 1, *range(40, 43 + index)]
         self.judge: Callable[[str], float] = lambda text: -float(len(text.split()))
+        self.doubt: Callable[[str], float] | None = None
+        """How unsure the reward model is of a text; None where it has no ensemble."""
         self.refuse: Callable[[pb.GenerateBulkRequest], pb.BulkError | None] = lambda request: None
         self.denies = False
         """Whether the reward service lets nobody in."""

@@ -106,21 +106,19 @@ def test_what_is_refused_comes_back_as_such_and_what_passes_is_asked_again(fleet
     assert fleet.asked.count("0/1") == 1
 
 
-def test_a_group_is_scored_by_one_version(fleet: Fleet, asking: Rollouts) -> None:
-    scored = []
-
-    def judge(text: str) -> float:
-        scored.append(text)
-        if len(scored) == 2:
-            fleet.reward_version = "reward-000002"
-        return float(len(scored))
-
-    fleet.judge = judge
-    asking.ask(prompts(1))
+def test_what_the_reward_model_is_unsure_of_is_taken_off(fleet: Fleet) -> None:
+    fleet.doubt = lambda text: 0.5 * len(text.split())
+    asking = Rollouts(fleet.connect, task="policy", responses=3, max_tokens=16, pessimism=2.0)
+    asking.ask(prompts(1, reference="one two"))
     ((_, group),) = back(asking, 1)
     assert group is not None
-    assert group.reward_version == "reward-000002"
-    assert [rollout.reward for rollout in group.rollouts] == [4.0, 5.0, 6.0]
+    assert [rollout.reward for rollout in group.rollouts] == [-10.0, -12.0, -14.0]
+    assert group.reference_reward == -2.0
+    fleet.doubt = None
+    asking.ask([Prompt("again", (10, 11))])
+    with pytest.raises(errors.FailedPrecondition, match=r"reward-000001 has no ensemble.*--reward-pessimism 0"):
+        back(asking, 1)
+    asking.close()
 
 
 def test_what_does_not_pass_ends_it_and_is_raised_where_answers_are_taken(fleet: Fleet, asking: Rollouts) -> None:

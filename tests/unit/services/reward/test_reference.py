@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from services.reward.reference import References
+from services.reward.reference import Baselines, References
 from thumbwheel import errors
 from thumbwheel.client import to_prompt
 from thumbwheel.v1.policy_pb2 import Prompt
@@ -66,3 +66,16 @@ async def test_those_asked_for_longest_ago_are_dropped(tmp_path: Path) -> None:
         await references.response(to_prompt(question))
     assert policy.asked == ["a", "b", "c", "b"]
     references.close()
+
+
+def test_what_a_version_said_is_known_while_it_is_live() -> None:
+    baselines = Baselines(capacity=2)
+    a, b, c = (1, 2), (1, 3), (1, 4)
+    assert baselines.known("reward-000001", [a, b]) == {}
+    baselines.keep("reward-000001", {a: [0.5], b: [0.25]})
+    assert baselines.known("reward-000001", [a, c]) == {a: [0.5]}
+    assert baselines.known("reward-000002", [a]) == {}
+    baselines.keep("reward-000001", {c: [0.125]})
+    assert baselines.known("reward-000001", [a, b, c]) == {a: [0.5], c: [0.125]}, "b was asked for longest ago"
+    baselines.keep("reward-000002", {})
+    assert baselines.known("reward-000001", [a, b, c]) == {}, "what a version said may not be taken for another's"
