@@ -75,7 +75,7 @@ class Engine:
                 f"vLLM cannot serve {version.path}: {error}.", remedy="The lines above say why."
             ) from error
         try:
-            await llm.collective_rpc("keep_seeds")
+            await llm.collective_rpc("prepare")
             await llm.update_weight_version(version.manifest.version)
             probes = Probes(llm, settings, scores=pooling)
             suspect = False

@@ -115,7 +115,17 @@ class SwapWorker(StagingWorker):
         finally:
             self.execute_model(after)
 
-    def keep_seeds(self) -> None:
+    def prepare(self) -> None:
+        """What is done once, before the first request."""
+        from vllm.platforms import current_platform
+
+        from services import sampler
+
+        if current_platform.is_cpu():
+            self._keep_seeds()
+            sampler.install(self.model_runner)
+
+    def _keep_seeds(self) -> None:
         """Keeps seeded requests reproducible, and the engine alive, when a prompt is computed in pieces.
 
         A step that computes only a piece of a prompt samples a token and drops it; vLLM then turns the request's
@@ -123,10 +133,6 @@ class SwapWorker(StagingWorker):
         seeded request that a swap meets, as its prefix is computed anew. Here the generators of such requests sit the
         step out instead, so that there is nothing to turn back.
         """
-        from vllm.platforms import current_platform
-
-        if not current_platform.is_cpu():
-            return
         runner = self.model_runner
         sample = runner.sample_tokens
 
