@@ -68,7 +68,7 @@ class Prompts:
 class Server:
     """A server process, and what it takes of the processor."""
 
-    popen: subprocess.Popen[str]
+    popen: subprocess.Popen[Any]
 
     @property
     def front_end_seconds(self) -> float:
@@ -108,12 +108,12 @@ class Policy(Server):
         return answer
 
 
-def environment() -> dict[str, str]:
+def environment(threads_bind: str = "auto") -> dict[str, str]:
     """As `services.engine` sets it, for vLLM's own servers."""
     return {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "auto",
+        "VLLM_CPU_OMP_THREADS_BIND": threads_bind,
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
     }
@@ -140,13 +140,13 @@ def policy_server(model: Path, home: Path, bootstrap_servers: str) -> Iterator[P
 
 
 @contextlib.contextmanager
-def http_server(model: Path, log: Path) -> Iterator[tuple[Server, int]]:
-    """vLLM's OpenAI server, without its log of requests."""
+def http_server(model: Path, log: Path, *more: str, threads_bind: str = "auto") -> Iterator[tuple[Server, int]]:
+    """vLLM's OpenAI server, without its log of requests; `more` are further arguments."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *engine_arguments(model, port)]
-    command += ["--served-model-name", "default", "--uvicorn-log-level", "warning"]
+    command += ["--served-model-name", "default", "--uvicorn-log-level", "warning", *more]
     with log.open("wb") as out:
-        popen = subprocess.Popen(command, stdout=out, stderr=out, env=environment(), text=True)
+        popen = subprocess.Popen(command, stdout=out, stderr=out, env=environment(threads_bind), text=True)
     server = Server(popen)
     try:
         _wait(server, log, lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close())
