@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from bench.reward_data import Data, load, path_given
-from bench.reward_model import HEAD_LEARNING_RATE, train
+from bench.reward_model import train
 from trainer import calibration
 
 
 def ours(shared: bool = True, **settings: Any) -> dict[str, Any]:
     """A job of ours with other settings."""
-    return {"who": "ours", "shared": shared, "settings": {"head_learning_rate": HEAD_LEARNING_RATE, **settings}}
+    return {"who": "ours", "shared": shared, "settings": settings}
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -38,6 +38,7 @@ class Job:
     epochs: int
     batch_size: int
     learning_rate: float
+    head_learning_rate: float
     settings: dict[str, Any]
     """Of ours."""
     shared: bool = True
@@ -82,7 +83,7 @@ def train_ours(job: Job, pairs: list[Pair], folder: Path, turns: Turns) -> None:
     from trainer.learner import Learner, StepReport
 
     publish.write_scorer(Path(job.base), folder / "start")
-    fields = {"micro_batch_tokens": MICRO_BATCH_TOKENS, **job.settings}
+    fields = {"micro_batch_tokens": MICRO_BATCH_TOKENS, "head_learning_rate": job.head_learning_rate, **job.settings}
     settings = LearningSettings(epochs=job.epochs, batch_size=job.batch_size, seed=job.seed, **fields)
     objective = losses.objective("reward", ModelRole.MODEL_ROLE_REWARD, settings)
     learner = Learner(objective, folder / "start", settings, learning_rate=job.learning_rate)
@@ -99,7 +100,8 @@ def train_ours(job: Job, pairs: list[Pair], folder: Path, turns: Turns) -> None:
 
 
 def train_trl(job: Job, pairs: list[Pair], folder: Path, turns: Turns) -> None:
-    """With TRL's RewardTrainer, on the same tokens."""
+    """With TRL's RewardTrainer, on the same tokens and at the same learning rates of body and head."""
+    import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import RewardConfig, RewardTrainer
@@ -137,6 +139,11 @@ def train_trl(job: Job, pairs: list[Pair], folder: Path, turns: Turns) -> None:
         processing_class=AutoTokenizer.from_pretrained(job.base),
         callbacks=[Turned()],
     )
+    head = list(trainer.model.score.parameters())
+    body = [parameter for parameter in trainer.model.parameters() if all(parameter is not other for other in head)]
+    groups: list[dict[str, Any]] = [{"params": body}, {"params": head, "lr": job.head_learning_rate}]
+    # Its own has one rate for all; in every other respect this is its own.
+    trainer.optimizer = torch.optim.AdamW(groups, lr=job.learning_rate, weight_decay=0.0)
     trainer.train()
     trainer.model.save_pretrained(folder / "end")
 
