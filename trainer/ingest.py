@@ -78,6 +78,7 @@ class Encoder:
             prompt=prompt,
             chosen=chosen,
             rejected=rejected,
+            tie=event.tie,
             margin=event.strength if event.HasField("strength") and math.isfinite(event.strength) else 0.0,
             aspects=tuple((a.aspect, _VERDICTS[a.preference]) for a in event.aspects if a.preference in _VERDICTS),
             source=_SOURCES.get(event.source, ""),
@@ -181,16 +182,19 @@ class Ingest:
         prompts: Prompts | None = None,
         prompt_room: int = 0,
         unjudged_prompts: bool = False,
+        learns_from: Callable[[Sample], bool] = lambda sample: True,
         on_retraction: Callable[[str], None] = lambda sample_id: None,
     ) -> None:
         """`prompt_room` are the tokens of a response to a prompt; `unjudged_prompts` takes those, too, that nobody gave
-        feedback on. `on_retraction` hears of the ids that are taken back.
+        feedback on. Samples that `learns_from` does not want are passed over. `on_retraction` hears of the ids that are
+        taken back.
         """
         self._name = f"trainer-{task}"
         self._task = task
         self._producer = producer
         self._encoder = encoder
         self._kinds, self._prompts, self._room = frozenset(kinds), prompts, prompt_room
+        self._learns_from = learns_from
         self._on_retraction = on_retraction
         wanted = []
         if prompts is not None or self._kinds & {Pair, Demonstration}:
@@ -294,8 +298,8 @@ class Ingest:
                 continue
             if sample_id in buffer:
                 metrics.DUPLICATES.labels(self._task).inc()
-            else:
-                buffer.add(dataclasses.replace(make(), traceparent=traceparent), time.monotonic())
+            elif self._learns_from(sample := make()):
+                buffer.add(dataclasses.replace(sample, traceparent=traceparent), time.monotonic())
                 if traceparent:
                     tracing.record("trainer.ingest", parent=traceparent, began=time.time(), task=self._task)
         if self._prompts is not None:

@@ -263,6 +263,7 @@ class ComparisonEvent(_message.Message):
     PROPENSITY_FIELD_NUMBER: _builtins.int
     STRENGTH_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
+    TIE_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     """Id of the event (UUIDv7)."""
     comparison_id: _builtins.str
@@ -289,6 +290,10 @@ class ComparisonEvent(_message.Message):
     """How strong the preference is, 0 (slight) to 1; left out: not asked."""
     revision: _builtins.int
     """Counts what was said of this comparison, from 1. What carries no higher number than was seen before is stale."""
+    tie: _builtins.bool
+    """True where neither was found better: chosen is then the one that was shown first, and teaches nothing but to a model
+    of ties.
+    """
     @_builtins.property
     def prompt(self) -> _policy_pb2.Prompt:
         """What was asked."""
@@ -340,10 +345,11 @@ class ComparisonEvent(_message.Message):
         propensity: _builtins.float | None = ...,
         strength: _builtins.float | None = ...,
         revision: _builtins.int = ...,
+        tie: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_propensity", b"_propensity", "_strength", b"_strength", "chosen", b"chosen", "prompt", b"prompt", "propensity", b"propensity", "received_at", b"received_at", "rejected", b"rejected", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_propensity", b"_propensity", "_strength", b"_strength", "aspects", b"aspects", "chosen", b"chosen", "chosen_shown_first", b"chosen_shown_first", "comparison_id", b"comparison_id", "demonstration", b"demonstration", "event_id", b"event_id", "feedback_ids", b"feedback_ids", "prompt", b"prompt", "prompt_id", b"prompt_id", "prompt_token_ids", b"prompt_token_ids", "propensity", b"propensity", "reason", b"reason", "received_at", b"received_at", "rejected", b"rejected", "revision", b"revision", "source", b"source", "state", b"state", "strength", b"strength", "tenant", b"tenant", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_propensity", b"_propensity", "_strength", b"_strength", "aspects", b"aspects", "chosen", b"chosen", "chosen_shown_first", b"chosen_shown_first", "comparison_id", b"comparison_id", "demonstration", b"demonstration", "event_id", b"event_id", "feedback_ids", b"feedback_ids", "prompt", b"prompt", "prompt_id", b"prompt_id", "prompt_token_ids", b"prompt_token_ids", "propensity", b"propensity", "reason", b"reason", "received_at", b"received_at", "rejected", b"rejected", "revision", b"revision", "source", b"source", "state", b"state", "strength", b"strength", "tenant", b"tenant", "tie", b"tie", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__propensity: _TypeAlias = _typing.Literal["propensity"]  # noqa: Y015
     _WhichOneofArgType__propensity: _TypeAlias = _typing.Literal["_propensity", b"_propensity"]  # noqa: Y015

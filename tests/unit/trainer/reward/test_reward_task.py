@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import Deployment
+from tests.unit.trainer.test_ingest import comparison
 from tests.unit.trainer.test_task import rounds, send
 from thumbwheel.auth import ManifestSigner
 from thumbwheel.stream import topics
@@ -63,3 +65,40 @@ def test_a_round_that_goes_wrong_keeps_the_last_good_version_and_says_so(
     task.close()
     newest = shared.store.versions(shared.store.load("reward-000001").manifest.role)[0]
     assert (newest.version, shared.store.load(newest.version).manifest_sha256) == ("reward-000001", good)
+
+
+def ties_alone(shared: Shared, **settings: object) -> Task:
+    """A task that has read eight ties, and judged them to be no samples or eight."""
+    log = MemoryLog(delivery_timeout=0.1)
+    log.ensure_topics(topics.topics(partitions=1, replication=1), 1.0)
+    given = shared.settings.model_copy(update={"batch_size": 8, **settings})
+    other = dataclasses.replace(shared, settings=given, log=log, producer=log.producer())
+    for number in range(8):
+        event = comparison(number)
+        event.prompt_token_ids[0] += number
+        event.tie = True
+        other.producer.send(topics.COMPARISONS, b"key", event.SerializeToString()).result(1.0)
+    task = Task("reward", other, resident=True)
+    task.resume()
+    task.ingest(1.0)
+    return task
+
+
+@pytest.mark.parametrize("ties", ["davidson", "rao_kupper"])
+def test_ties_on_the_stream_are_learnt_by_the_model_of_ties(ties: str, shared: Shared) -> None:
+    """Version 0 finds all responses alike, so it gives a tie just the probability that the setting says."""
+    task = ties_alone(shared, ties=ties, tie_rate=0.3)
+    assert (task.waiting, task.due()) == (8, True)
+    loop.turn(task)
+    task.close()
+    manifest = shared.store.load("reward-000001").manifest
+    assert manifest.lineage.sample_count == 8
+    assert manifest.lineage.settings["ties"] == ties
+    assert manifest.metrics["loss"] == pytest.approx(-math.log(0.3), abs=1e-4)
+    assert "accuracy" not in manifest.metrics, "nobody was right about a tie"
+
+
+def test_without_a_model_of_ties_they_are_passed_over(shared: Shared) -> None:
+    task = ties_alone(shared)
+    assert (task.waiting, task.due()) == (0, False)
+    task.close()
