@@ -115,7 +115,8 @@ def setup_logging(process: str, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(process))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("kafka").setLevel(logging.WARNING)
+    for chatty in ("kafka", "matplotlib"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     # An endpoint that is away is said every few seconds, with a traceback.
     logging.getLogger("opentelemetry").setLevel(logging.ERROR)
 

@@ -151,6 +151,7 @@ class Reward(Objective):
         margins = torch.zeros_like(differences)
         margins[:, 0] = self.margin_weight * torch.tensor([float(sample.margin) for sample in samples])
         losses = ranking_losses(differences, verdicts.nan_to_num(0.0), margins, ties=self.ties, tie_rate=self.tie_rate)
+        ranked = losses[:, 0].detach()
         losses = torch.where(said, losses + self.score_penalty * (first**2 + second**2), torch.zeros_like(losses))
         total = losses[:, 0] + losses[:, 1:].sum(1) / said[:, 1:].sum(1).clamp(min=1)
         if heads.ensemble:
@@ -159,7 +160,8 @@ class Reward(Objective):
         weights = (
             pairs(batch.means(batch.given["balanced"]))[0] if "balanced" in batch.given else pairs(batch.weights)[0]
         )
-        return Losses(total, weights, self._measures(first.detach(), second.detach(), verdicts, samples, heads))
+        measures = self._measures(first.detach(), second.detach(), verdicts, samples, heads)
+        return Losses(total, weights, {"ranking_loss": ranked, **measures})
 
     def _of_members(self, scores: Tensor, verdicts: Tensor, margins: Tensor, samples: Sequence[Pair]) -> Tensor:
         """[B] losses of the ensemble, of [B, 2, M] scores."""

@@ -47,6 +47,7 @@ class Curves:
     """What was measured, by optimizer step."""
 
     loss: list[tuple[int, float]] = field(default_factory=list)
+    """Ranking loss of what was learnt, before the step."""
     judged: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
     @property
@@ -60,7 +61,7 @@ class Curves:
 
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
-        left.plot(*zip(*self.loss, strict=True), color="0.7", label="learnt from (with the prior and other heads)")
+        left.plot(*zip(*self.loss, strict=True), color="0.7", label="learnt from")
         steps = [step for step, _ in self.judged]
         left.plot(steps, [found["heldout_loss"] for _, found in self.judged], "o-", label="held out")
         right.plot(steps, [found["heldout_accuracy"] for _, found in self.judged], "o-", label="accuracy, held out")
@@ -79,7 +80,8 @@ class Curves:
 
 def run(settings: InitSettings, stop: Callable[[], bool]) -> str:
     """Trains and publishes; returns the version. Raises what is wrong with the data, `errors.Conflict` where there is a
-    trained reward model already, what `base.fetch` raises, and `Stopped`.
+    trained reward model already, `errors.FailedPrecondition` where it has not learnt what people prefer, what
+    `base.fetch` raises, and `Stopped`.
     """
     store, signer = _store(settings)
     trained = [manifest.version for manifest in store.versions(REWARD) if manifest.sequence]
@@ -88,6 +90,7 @@ def run(settings: InitSettings, stop: Callable[[], bool]) -> str:
             f"There is a reward model already: {trained[0]}.",
             remedy="The trainer goes on from it with every comparison; name another --home to begin anew.",
         )
+    runtime.prepare(settings.threads)
     encoder_base = base.fetch(settings.base_model or None, progress=sys.stderr.isatty())
     found = reading.read(
         settings.data, record_encoder(encoder_base, settings.max_length), limit=settings.limit, stop=stop
@@ -97,14 +100,14 @@ def run(settings: InitSettings, stop: Callable[[], bool]) -> str:
     print(
         f"{len(train):,} pairs to learn from, {len(heldout):,} held out; heads: {', '.join(_heads(start.path).names)}"
     )
-    runtime.prepare(settings.threads)
+    picture = settings.curves or settings.home / f"{version_name(REWARD, 1)}.png"
     with tempfile.TemporaryDirectory(dir=settings.home, prefix=".reward-init-") as folder:
         curves, learner = _learn(start.path, train, heldout, settings, Path(folder), stop)
+        curves.draw(picture)
+        _require_learnt(curves, picture)
         probe = _probe(Path(folder), start.path)
         learner.close()
         version = _publish(store, signer, start, Path(folder), train, curves, probe, settings)
-    picture = settings.curves or settings.home / f"{version}.png"
-    curves.draw(picture)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in curves.judged[curves.best][1].items())
     print(f"published {version}: {shown}\ncurves in {picture}")
     print(f"read it: thumbwheel reward report {version} --data {settings.data}")
@@ -170,7 +173,7 @@ def _learn(
 
         def report(step: StepReport) -> None:
             on_step(step)
-            curves.loss.append((step.step, step.loss))
+            curves.loss.append((step.step, step.measures["ranking_loss"]))
             if step.step % every == 0 or step.step == step.steps:
                 judge(step.step)
                 if not sys.stderr.isatty():
@@ -187,6 +190,16 @@ def _learn(
             step = curves.judged[curves.best][0]
             print(f"it got no better {settings.patience} times: the model of step {step} is taken")
     return curves, learner
+
+
+def _require_learnt(curves: Curves, picture: Path) -> None:
+    """Raises `errors.FailedPrecondition` for a model that is right no more often than a coin."""
+    accuracy = curves.judged[curves.best][1]["heldout_accuracy"]
+    if accuracy <= 0.5:
+        raise errors.FailedPrecondition(
+            f"At its best it agrees with {accuracy:.0%} of the held-out pairs, as a coin would: nothing is published.",
+            remedy=f"Give it more pairs, --epochs or another --learning-rate; {picture} shows its curves.",
+        )
 
 
 def _probe(folder: Path, start: Path) -> Probe:

@@ -17,6 +17,8 @@ from thumbwheel.heads import Heads
 from trainer import models, publish
 from trainer.reward import init, report
 from trainer.reward.config import InitSettings, ReportSettings
+from trainer.reward.pairs import held_out
+from trainer.samples import Pair
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -136,3 +138,21 @@ def test_it_stops_when_it_gets_no_better(
     assert steps < 10 * 9
     assert settings.curves is not None
     assert settings.curves.exists()
+
+
+def test_what_has_learnt_nothing_is_not_published(policy_path: Path, tmp_path: Path) -> None:
+    """The held-out pairs say the opposite of the others."""
+    data = tmp_path / "pairs.jsonl"
+    with data.open("w") as file:
+        for number in range(120):
+            prompt = (10 + number, 11)
+            good, bad = ("P", "R")[:: -1 if held_out(Pair(id="", prompt=prompt, chosen=(), rejected=()), 0.1) else 1]
+            file.write(json.dumps({"prompt": prompt, "chosen": good, "rejected": bad}) + "\n")
+    settings = InitSettings(
+        data=data, home=tmp_path, base_model=str(policy_path), learning_rate=1e-3, head_learning_rate=1e-2
+    )
+    with pytest.raises(errors.FailedPrecondition, match=r"as a coin would: nothing is published.*reward-000001.png"):
+        init.run(settings, never)
+    store = LocalStore(tmp_path / "store", ManifestVerifier.load(tmp_path / "keys"))
+    assert [manifest.sequence for manifest in store.versions(init.REWARD)] == [0]
+    assert (tmp_path / "reward-000001.png").exists()
