@@ -52,7 +52,12 @@ async def _references(settings: RewardSettings) -> AsyncIterator[References]:
         ask = None
         if settings.reference:
             client = await stack.enter_async_context(
-                AsyncClient(policy=settings.reference, api_key=key_from_environment(), tls=ClientTls.from_environment())
+                AsyncClient(
+                    policy=settings.reference,
+                    api_key=key_from_environment(),
+                    tls=ClientTls.from_environment(),
+                    consent=False,  # what a user asked is asked again, and that is nothing to be shown or learnt from
+                )
             )
 
             async def ask(prompt: Prompt) -> str:

@@ -34,8 +34,9 @@ async def test_rollouts_are_served_scored_and_learnt_and_a_dead_policy_only_dela
         engine = [*common, "--max-model-len", "512"]
         policy = Process("services.policy", engine, tmp_path / "policy.log")
         reward = Process("services.reward", engine, tmp_path / "reward.log")
-        learning = ["--tasks", "policy", "--policy-objective", "grpo", "--round-size", "4", "--rollout-tokens", "16"]
+        learning = ["--tasks", "policy", "--policy-objective", "ppo", "--round-size", "4", "--rollout-tokens", "16"]
         learning += ["--policy", policy.address, "--reward", reward.address, "--policy-learning-rate", "1e-6"]
+        learning += ["--reward-pessimism", "0.5"]
         trainer = Process("trainer", [*common, *learning, "--max-wait-seconds", "600"], tmp_path / "trainer.log")
         processes += [policy, reward, trainer]
         for process in (policy, reward, trainer):
@@ -58,7 +59,7 @@ async def test_rollouts_are_served_scored_and_learnt_and_a_dead_policy_only_dela
         send(*range(4))
         await until(live, timeout=120)
         first = deployment.store.load("policy-000001").manifest
-        assert (first.lineage.objective, first.lineage.reward_version) == ("grpo", "reward-000000")
+        assert (first.lineage.objective, first.lineage.reward_version) == ("ppo", "reward-000000")
         assert first.metrics["staleness"] == 0.0
         # What was served is what the trainer computes: ratios to the behaviour policy are 1, but for bf16.
         assert first.metrics["importance_weight"] == pytest.approx(1.0, abs=0.1)
