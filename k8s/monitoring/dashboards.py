@@ -373,6 +373,38 @@ TRAINING = [
             LAG,
         ],
     ),
+    Row(
+        "Reward model",
+        [
+            Panel(
+                "Accuracy and calibration",
+                "none",
+                [
+                    ('thumbwheel_reward_watch{measure=~"fresh_accuracy|fresh_ece_calibrated"}', "{{measure}}"),
+                    ('thumbwheel_reward_watch{measure="length_correlation"}', "{{measure}}"),
+                ],
+                "On the newest comparisons, each before it was learnt from.",
+            ),
+            Panel(
+                "Scores by policy version",
+                "none",
+                [
+                    ("thumbwheel_reward_policy_score_mean", "{{version}} mean"),
+                    ("thumbwheel_reward_policy_score_std", "{{version}} spread"),
+                ],
+                "Of what each wrote, of the newest comparisons.",
+            ),
+            Panel(
+                "Newer version preferred",
+                "percentunit",
+                [
+                    ("thumbwheel_reward_newer_preferred_ratio", "by people"),
+                    ("thumbwheel_reward_over_optimised", "over-optimised"),
+                ],
+                "In comparisons of two versions. Scores that rise while this does not are over-optimisation.",
+            ),
+        ],
+    ),
 ]
 
 SLO = [

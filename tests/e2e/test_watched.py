@@ -118,13 +118,15 @@ async def test_clicks_are_seen_to_go_live(running: Watched) -> None:
     live = "sum by (role) (thumbwheel_click_to_live_seconds_count)"
     in_time = 'sum by (role) (thumbwheel_click_to_live_seconds_bucket{le="1800.0"})'
 
-    async def all_sixteen() -> bool:
+    expected = str(2 * watching.COMPARISONS)
+
+    async def all_of_them() -> bool:
         found = [await asyncio.to_thread(running.prometheus.query, one) for one in (live, in_time)]
         return [{one["metric"]["role"]: one["value"][1] for one in series} for series in found] == 2 * [
-            {"policy": "16", "reward": "16"}
+            {"policy": expected, "reward": expected}
         ]
 
-    await until(all_sixteen, timeout=30, every=0.5)
+    await until(all_of_them, timeout=30, every=0.5)
 
 
 def test_labels_are_bounded(running: Watched) -> None:
@@ -192,18 +194,23 @@ async def test_a_trace_goes_all_the_way_round(running: Watched, receiver: tuple[
             names.append(at.name)
         return names
 
-    ingested = way("collector", "collector.ingest")
-    assert [name.rpartition("/Generate")[0] for name in ingested] == ["thumbwheel.v1.PolicyService"]
-    assert way("trainer", "trainer.ingest") == ["thumbwheel.v1.PreferenceService/SubmitFeedback"]
-    assert way("trainer", "trainer.learnt") == ["thumbwheel.v1.PreferenceService/SubmitFeedback"]
-    swapped = ["swap", "version", "trainer.publish", "trainer.round"]
+    submitted = ["thumbwheel.v1.PreferenceService/SubmitFeedback"]
+    ways = {
+        ("collector", "collector.ingest"): ["thumbwheel.v1.PolicyService"],
+        ("trainer", "trainer.ingest"): submitted,
+        ("trainer", "trainer.learnt"): submitted,
+        ("policy", "swap.load"): ["swap", "version", "trainer.publish", "trainer.round"],
+    }
+
+    def found() -> dict[tuple[str, str], list[str]]:
+        return {span: [name.partition("/Generate")[0] for name in way(*span)] for span in ways}
 
     async def all_the_way() -> bool:  # a process sends its spans every few seconds
-        return way("policy", "swap.load") == swapped
+        return found() == ways
 
     with contextlib.suppress(TimeoutError):
         await until(all_the_way, timeout=30, every=0.5)
-    assert way("policy", "swap.load") == swapped
+    assert found() == ways
     spans = {span.span_id: (process, span) for process, span in receiver[0].spans()}
     linked = {
         link.span_id for process, span in receiver[0].spans() for link in span.links if span.name == "trainer.learnt"

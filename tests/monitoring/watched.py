@@ -21,10 +21,13 @@ from thumbwheel.v1.policy_pb2 import GenerateBulkRequest, SamplingParams
 SECRET_PROMPT, SECRET_COMMENT = "xyzzy-the-prompt", "xyzzy-the-comment"
 """What users write: to be found nowhere in logs or spans."""
 
+COMPARISONS = 12
+"""Of each of two rounds: together enough for what the reward model is watched by."""
+
 ENVIRONMENT = {
     "THUMBWHEEL_LEARN_FROM_CUT": "true",  # every answer is cut here
     "THUMBWHEEL_MAX_MODEL_LEN": "512",
-    "THUMBWHEEL_ROUND_SIZE": "8",
+    "THUMBWHEEL_ROUND_SIZE": str(COMPARISONS),
     "THUMBWHEEL_MAX_WAIT_SECONDS": "600",
     "THUMBWHEEL_POLICY_LEARNING_RATE": "1e-3",
     "THUMBWHEEL_REWARD_LEARNING_RATE": "1e-3",
@@ -79,10 +82,11 @@ def _is(get: Callable[[], Awaitable[Any]], version: str) -> Callable[[], Awaitab
 
 async def traffic(client: AsyncClient) -> None:
     """Calls of every kind, good and bad; enough comparisons for a round."""
-    for index in range(8):
-        shown = await client.candidates(f"{SECRET_PROMPT} {index}", sampling=SHORT, user_id="u")
+    for index in range(COMPARISONS):
+        user_id = f"u{index % 2}"  # one alone would be too fast to be a person
+        shown = await client.candidates(f"{SECRET_PROMPT} {index}", sampling=SHORT, user_id=user_id)
         a, b = shown.candidates
-        await client.compare(a, b, "a" if index % 2 else "b", user_id="u")
+        await client.compare(a, b, "a" if index % 4 < 2 else "b", user_id=user_id)
     await client.thumb(a, up=True, user_id="u", key=a.generation_id)
     await client.thumb(a, up=True, user_id="u", key=a.generation_id)
     await client.comment(a, SECRET_COMMENT, user_id="u")
