@@ -91,13 +91,13 @@ class Security:
             )
 
     @contextlib.contextmanager
-    def call(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> Iterator[None]:
-        """One call of "/service/method", known from here on as its tenant's.
+    def call(self, method: str, metadata: dict[str, str], remaining: float | None) -> Iterator[None]:
+        """One call of "/service/method" with this metadata, and `remaining` seconds left; from here on its tenant's.
 
         Raises `errors.Unauthenticated`, `errors.PermissionDenied` and `errors.ResourceExhausted`.
         """
-        caller = self._caller(method, metadata(context))
-        calls.enter(caller, context.time_remaining())
+        caller = self._caller(method, metadata)
+        calls.enter(caller, remaining)
         with self.quotas.call(caller.tenant):
             yield
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import grpc
 import grpc.aio
@@ -72,21 +72,22 @@ class _Call:
     """Guards, counts and times one call, and turns our exceptions into statuses with details. For `async with`."""
 
     # A class, and labels looked up once a method: of a short call, this is a good part.
-    __slots__ = ("_context", "_guard", "_method", "_plane", "_span", "_started")
+    __slots__ = ("_context", "_guard", "_metadata", "_method", "_plane", "_span", "_started")
 
     def __init__(
         self, method: str, context: grpc.aio.ServicerContext[Any, Any], security: Security, plane: Plane | None
     ) -> None:
         self._method = method
         self._context = context
-        self._guard = security.call(method, context)
+        self._metadata = metadata(context)
+        self._guard = security.call(method, self._metadata, context.time_remaining())
         self._plane = plane
 
     async def __aenter__(self) -> None:
         _started(self._method).inc()
         IN_FLIGHT.inc()
         self._started = time.perf_counter()
-        self._span = tracing.begin_call(self._method, tracing.of_metadata(self._context.invocation_metadata()))
+        self._span = tracing.begin_call(self._method, tracing.of_metadata(self._metadata.items()))
         try:
             if self._plane is not None:
                 access.check_plane(self._method, self._plane)
@@ -144,31 +145,50 @@ def _handling(method: str) -> Histogram:
     return HANDLING.labels(*method.lstrip("/").split("/"))
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every handler, unary or streaming, in `_Call`. With a `plane`, only its methods are answered."""
+class _Guarded(grpc.GenericRpcHandler):
+    """Handlers that wrap others: each method is wrapped when it is first called."""
 
-    def __init__(self, security: Security | None = None, plane: Plane | None = None) -> None:
-        self._security = security or Security()
-        self._plane = plane
-        self._wrapped: dict[str, Handler] = {}  # gRPC asks at each call
+    def __init__(self, inner: grpc.GenericRpcHandler, wrap: Callable[[str, Handler], Handler]) -> None:
+        self._inner = inner
+        self._wrap = wrap
+        self._wrapped: dict[str, Handler] = {}
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
-        """The handler, wrapped; health and reflection are left alone."""
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
+        """The handler of a method; None where there is none."""
         method = handler_call_details.method
-        known = self._wrapped.get(method)
-        if known is not None:
-            return known
-        handler = await continuation(handler_call_details)
-        if handler is None or method.startswith("/grpc."):
-            return handler
-        self._wrapped[method] = _wrapped(
-            method, handler, functools.partial(_Call, security=self._security, plane=self._plane)
-        )
+        if method not in self._wrapped:
+            handler = self._inner.service(handler_call_details)
+            if handler is None:
+                return None
+            self._wrapped[method] = self._wrap(method, handler)
         return self._wrapped[method]
+
+
+def guarded(server: grpc.aio.Server, security: Security | None = None, plane: Plane | None = None) -> grpc.aio.Server:
+    """What handlers are added to that are to be guarded, counted and timed: each, unary or streaming, is wrapped in
+    `_Call`. With a `plane`, only its methods are answered. What is added to `server` itself is left alone.
+
+    Not an interceptor: gRPC runs those anew at each call, which takes longer than all that they would do here.
+    """
+    call = functools.partial(_Call, security=security or Security(), plane=plane)
+    return cast("grpc.aio.Server", _Adding(server, functools.partial(_wrapped, call=call)))
+
+
+class _Adding:
+    """Adds handlers to a server, wrapped."""
+
+    def __init__(self, server: grpc.aio.Server, wrap: Callable[[str, Handler], Handler]) -> None:
+        self._server = server
+        self._wrap = wrap
+
+    def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """As gRPC's own."""
+        self._server.add_generic_rpc_handlers([_Guarded(one, self._wrap) for one in generic_rpc_handlers])
+
+    def add_registered_method_handlers(self, service_name: str, method_handlers: Mapping[str, Handler]) -> None:
+        """As gRPC's own."""
+        wrapped = {name: self._wrap(f"/{service_name}/{name}", handler) for name, handler in method_handlers.items()}
+        self._server.add_registered_method_handlers(service_name, wrapped)
 
 
 def _wrapped(method: str, inner: Any, call: Callable[..., _Call]) -> Handler:
@@ -267,8 +287,8 @@ async def serve(
         health_servicer = health.aio.HealthServicer()
         servers, ports = [], []
         for plane, address in at.items():
-            server = grpc.aio.server(interceptors=[CallInterceptor(security, plane)], options=_OPTIONS)
-            register(server)
+            server = grpc.aio.server(options=_OPTIONS)
+            register(guarded(server, security, plane))
             health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
             reflection.enable_server_reflection([*services, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
             ports.append(_bind(server, address, process, credentials))
