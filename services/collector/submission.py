@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
@@ -193,11 +194,16 @@ def _check_implicit(signal: ImplicitSignal) -> None:
 
 
 def _check_enum(value: int, enum: type[Preference] | type[ThumbValue] | type[ImplicitKind], field: str) -> None:
-    if value == 0 or value not in enum.values():
+    if value == 0 or value not in _values(enum):
         names = ", ".join(name for name, number in enum.items() if number != 0)
         raise errors.InvalidArgument(
             "is missing." if value == 0 else f"is {value}, which means nothing.", field=field, remedy=f"Send {names}."
         )
+
+
+@functools.cache
+def _values(enum: type[Preference] | type[ThumbValue] | type[ImplicitKind]) -> frozenset[int]:
+    return frozenset(enum.values())
 
 
 def _check_range(value: float, field: str, *, low: float, high: float, above: bool = False) -> None:
