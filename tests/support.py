@@ -224,6 +224,10 @@ class Process:
         finally:
             self.kill()
 
+    def children(self) -> list[int]:
+        """The ids of the processes that it has started and that live."""
+        return [child.pid for child in psutil.Process(self.popen.pid).children()]
+
     def kill(self) -> None:
         """kill -9, and its children, also those that lead sessions of their own."""
         children: list[psutil.Process] = []

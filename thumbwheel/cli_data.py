@@ -120,6 +120,7 @@ def _bar(what: str, total: int | None, as_json: bool) -> Iterator[Callable[[int]
 
 
 async def _export(file: Path, format: str, tenant: str, settings: CollectorSettings, as_json: bool) -> None:
+    from services.collector import operate
     from services.collector.exchange import exporting
     from services.collector.exchange.report import refusals
     from services.collector.rights.redaction import Redaction
@@ -127,6 +128,7 @@ async def _export(file: Path, format: str, tenant: str, settings: CollectorSetti
 
     redact = Redaction(Tenants.load(settings.tenants_path)).of(tenant)
     async with _opened(settings) as database:
+        await operate.recorded(database, settings.rules)
         total = await database.read(partial(exporting.size, name=format))
         with refusals(file) as refused, _bar(f"exporting to {file.name}", total, as_json) as progress:
             done = await exporting.export_file(database, tenant, file, format, redact, refused, progress)

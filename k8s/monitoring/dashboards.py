@@ -291,11 +291,12 @@ FEEDBACK = [
                 "Outbox",
                 "short",
                 [
+                    ("thumbwheel_collector_inbox_depth", "acknowledged, not recorded"),
                     ("thumbwheel_collector_outbox_depth", "waiting"),
                     ("thumbwheel_collector_held", "held for a generation"),
                 ],
             ),
-            Panel("Age of the oldest", "s", [("thumbwheel_collector_outbox_oldest_seconds", "in the outbox")]),
+            Panel("Age of the oldest", "s", [("thumbwheel_collector_outbox_oldest_seconds", "in inbox or outbox")]),
             Panel("Published", "short", [(rate("thumbwheel_collector_published_total", "topic"), "{{topic}}")]),
             LAG,
             Panel(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 from services.collector.config import CollectorSettings
+
+SWITCH_SECONDS = 0.0005
 
 
 def main() -> None:
@@ -12,6 +16,8 @@ def main() -> None:
     from services.collector.service import collect
     from thumbwheel import serving, telemetry
 
+    # The door's thread is never long without the interpreter: an acknowledgement waits for it.
+    sys.setswitchinterval(SWITCH_SECONDS)
     telemetry.start("collector", settings)
     serving.run("collector", collect(settings))
 

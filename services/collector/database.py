@@ -2,21 +2,22 @@
 
     write ──▶ queue ──▶ writer thread: BEGIN · every write that waits · COMMIT ──▶ futures
 
-One thread writes. While it waits for the disk, further writes queue up and share the next commit, so a commit's cost is
-spread over all that came meanwhile, and nothing blocks the event loop. A future resolves after the commit: what it
-brings is durable. Where a write raises, all are run again, each in a savepoint, so that it undoes itself alone.
+One thread writes the record. While it waits for the disk, further writes queue up and share the next commit, so a
+commit's cost is spread over all that came meanwhile, and nothing blocks the event loop. A future resolves after the
+commit: what it brings is durable. Where a write raises, all are run again, each in a savepoint, so that it undoes
+itself alone. What is acknowledged comes in elsewhere, through the `door`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,12 +25,12 @@ from typing import Any, NamedTuple, TypeVar
 import alembic.command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy import URL, Connection, Engine, create_engine, make_url
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, ProgrammingError
 
-from services.collector import metrics
+from services.collector import sqlite
 from services.collector.faults import translate
+from services.collector.sqlite import READS, WRITES_BOTH, WRITES_INBOX, WRITES_RECORD
 from thumbwheel import errors
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Work = Callable[[Connection], T]
 
-BUSY_SECONDS = 5.0
+_LASTING = (IntegrityError, DataError, ProgrammingError)
+"""Faults of what is written, and not of the database: trying again helps nobody."""
+
 MAX_WRITES = 128
 READERS = 2
 _MIGRATIONS = Path(__file__).parent / "migrations"
@@ -50,13 +53,8 @@ class _Write:
     work: Callable[..., Any]
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Any]
-    item: Any = None
-    """What `work` is called with, together with those of its neighbours of the same work; None: it takes none."""
-
     alone: bool = False
     """Not in a transaction, and not beside any other write."""
-
-    queued_at: float = field(default_factory=time.perf_counter)
 
 
 class _Outcome(NamedTuple):
@@ -106,23 +104,52 @@ class Database:
         self._admit()
         return await self._wait(self._enqueue(work))
 
-    async def write_with_others(self, work: Callable[[Connection, Sequence[Any]], Sequence[Any]], item: Any) -> Any:
-        """As `write`, for work that does many things as cheaply as one: it is called once for the items that wait side
-        by side, and returns of each, in order, what it came to, or the `errors.ThumbwheelError` that is raised here.
-
-        An item that comes to an error must have written nothing.
+    def write_now(self, work: Work[T]) -> T:
+        """As `write`, in the caller's thread, beside the writer's transactions. What the database will never take is
+        raised as SQLAlchemy does.
         """
-        self._admit()
-        result = await self._wait(self._enqueue(work, item=item))
-        if isinstance(result, errors.ThumbwheelError):
-            raise result
-        return result
+        return self._now(work, WRITES_RECORD)
+
+    def write_all_now(self, work: Work[T]) -> T:
+        """As `write_now`, for work that writes the record and the inbox. Only a crash can part the two."""
+        return self._now(work, WRITES_BOTH)
+
+    def write_inbox_now(self, work: Work[T]) -> T:
+        """As `write_now`, for work that writes the inbox alone."""
+        return self._now(work, WRITES_INBOX)
+
+    def tidy(self) -> None:
+        """Copies the inbox's write-ahead log into its file, as far as nobody reads it: the door leaves that to us."""
+        if self.dialect == "sqlite":
+            self.maintain_inbox_now(sqlite.checkpoint_inbox)
+
+    def maintain_inbox_now(self, work: Callable[[Any], T]) -> T:
+        """Runs `work` on a driver's connection that has the inbox, in no transaction, in the caller's thread."""
+        with self._engine.connect().execution_options(mode=WRITES_INBOX) as connection:
+            connection.rollback()
+            if self.dialect == "sqlite":
+                sqlite.attach(connection)
+            return self._maintained(connection, work)
+
+    @contextlib.contextmanager
+    def door(self) -> Iterator[Connection]:
+        """A connection whose transactions read all and write to the inbox alone. It leaves cleaning up to others."""
+        with self._engine.connect().execution_options(mode=WRITES_INBOX) as connection:
+            if self.dialect == "sqlite":
+                sqlite.leave_log(connection)
+            yield connection
 
     async def maintain(self, work: Callable[[Any], T]) -> T:
         """Runs `work` on the driver's own connection, in no transaction, while nothing else writes, and returns what it
         returned: for what a database does only there, such as VACUUM. Has no deadline but those that `work` keeps.
 
         Raises what `work` raised, and as `write` does.
+        """
+        return await self.turn(lambda: self._maintained(self._connection, work))
+
+    async def turn(self, work: Callable[[], T]) -> T:
+        """Runs `work` while nothing else of this process writes the record, as `maintain` does, but on no connection:
+        for a process that writes it in our stead.
         """
         if self._closed:
             raise errors.Unavailable("The collector is stopping.", remedy="It goes on at the next start.")
@@ -135,17 +162,31 @@ class Database:
     def read_now(self, work: Work[T]) -> T:
         """As `read`, in the caller's thread."""
         try:
-            with self._engine.connect().execution_options(reads=True) as connection, connection.begin():
-                return work(connection)
+            return self._in_transaction(work, READS)
         except DBAPIError as error:
             raise self._translate(error) from error
+
+    def _now(self, work: Work[T], mode: str) -> T:
+        try:
+            try:
+                return self._in_transaction(work, mode)
+            except IntegrityError:  # another collector on this database was faster: run again, the write sees it
+                return self._in_transaction(work, mode)
+        except _LASTING:
+            raise
+        except DBAPIError as error:
+            raise self._translate(error) from error
+
+    def _in_transaction(self, work: Work[T], mode: str) -> T:
+        with self._engine.connect().execution_options(mode=mode) as connection, connection.begin():
+            return work(connection)
 
     def snapshot(self, work: Callable[[Connection], Iterator[T]]) -> Iterator[T]:
         """What `work` yields, all of it from one moment, while writes go on. For long reads, in the caller's thread."""
         level = "SERIALIZABLE" if self.dialect == "sqlite" else "REPEATABLE READ"
         try:
             with self._engine.connect() as plain:
-                connection = plain.execution_options(reads=True, isolation_level=level)
+                connection = plain.execution_options(mode=READS, isolation_level=level)
                 with connection.begin():
                     yield from work(connection)
         except DBAPIError as error:
@@ -170,10 +211,10 @@ class Database:
                 remedy="Send it again in a second, with the same key.",
             )
 
-    def _enqueue(self, work: Callable[..., T], *, item: Any = None, alone: bool = False) -> asyncio.Future[T]:
+    def _enqueue(self, work: Callable[..., T], *, alone: bool = False) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._queue.put(_Write(work, loop, future, item, alone))
+        self._queue.put(_Write(work, loop, future, alone))
         return future
 
     async def _wait(self, future: asyncio.Future[T]) -> T:
@@ -189,14 +230,17 @@ class Database:
     def _translate(self, error: DBAPIError | OSError) -> errors.ThumbwheelError:
         return translate(error, self._url)
 
+    def translated(self, error: DBAPIError) -> Exception:
+        """The error to raise for a fault of this database. A key that is taken stays as it is: that is no fault."""
+        return error if isinstance(error, IntegrityError) else self._translate(error)
+
     def _prepare_sqlite(self) -> None:
         if self._url.database:
             try:
                 Path(self._url.database).parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise self._translate(error) from error
-        event.listen(self._engine, "connect", _configure_sqlite)
-        event.listen(self._engine, "begin", _begin_sqlite)
+        sqlite.listen(self._engine)
 
     def _write_forever(self) -> None:
         while (first := self._queue.get()) is not None:
@@ -220,36 +264,35 @@ class Database:
                 return
 
     def _maintain(self, task: _Write) -> _Outcome:
-        connection: Any = self._connection.connection.driver_connection
         try:
-            if self.dialect != "sqlite":  # there, `_configure_sqlite` has seen to it
-                connection.autocommit = True
-            try:
-                return _Outcome(task, task.work(connection))
-            finally:
-                if self.dialect != "sqlite":
-                    connection.autocommit = False
+            return _Outcome(task, task.work())
         except Exception as error:  # noqa: BLE001  # it goes to the caller, whatever it is
-            if isinstance(error, self._engine.dialect.loaded_dbapi.Error):
-                error = self._translate(DBAPIError("maintenance", None, error))
             return _Outcome(task, error)
+
+    def _maintained(self, on: Connection, work: Callable[[Any], T]) -> T:
+        """What `work` returns on the driver's own connection, in no transaction. Raises as `maintain` does."""
+        connection: Any = on.connection.driver_connection
+        plain = self.dialect == "sqlite"  # there, transactions are begun by hand
+        try:
+            if not plain:
+                connection.autocommit = True
+            return work(connection)
+        except self._engine.dialect.loaded_dbapi.Error as error:
+            raise self._translate(DBAPIError("maintenance", None, error)) from error
+        finally:
+            if not plain:
+                connection.autocommit = False
 
     def _commit(self, batch: Sequence[_Write], *, again: bool = True) -> list[_Outcome]:
         """Makes the batch durable in one transaction; where that fails, each write in one of its own."""
         try:
-            outcomes = self._transact(batch)
+            return self._transact(batch)
         except DBAPIError as error:
             # A key that exists by now: another collector on this database was faster. Run again, the write sees it.
             clash = isinstance(error, IntegrityError)
             if len(batch) > 1 or (clash and again):
                 return [outcome for write in batch for outcome in self._commit([write], again=len(batch) > 1)]
-            outcomes = [_Outcome(write, error if clash else self._translate(error)) for write in batch]
-        if batch:
-            metrics.COMMIT_WRITES.observe(len(batch))
-        now = time.perf_counter()
-        for outcome in outcomes:
-            metrics.COMMIT_SECONDS.observe(now - outcome.write.queued_at)
-        return outcomes
+            return [_Outcome(write, self.translated(error)) for write in batch]
 
     def _transact(self, batch: Sequence[_Write]) -> list[_Outcome]:
         """Runs all in one transaction, and commits. Savepoints cost as much as a small write: first without."""
@@ -266,13 +309,8 @@ class Database:
         """What the writes came to. Raises `_Raised`, and faults of the database: they concern the whole transaction."""
         outcomes: list[_Outcome] = []
         try:
-            for (work, together), of_work in groupby(batch, key=lambda write: (write.work, write.item is not None)):
-                writes = list(of_work)
-                if together:
-                    results = work(self._connection, [write.item for write in writes])
-                    outcomes += map(_Outcome, writes, results)
-                else:
-                    outcomes += [_Outcome(write, work(self._connection)) for write in writes]
+            for write in batch:
+                outcomes.append(_Outcome(write, write.work(self._connection)))
         except DBAPIError:
             raise
         except Exception as error:
@@ -313,7 +351,7 @@ def _engine(url: str) -> tuple[URL, Engine]:
                 f"--database {url}: a database in memory keeps nothing.", remedy="Name a file: sqlite:///PATH."
             )
         # Its errors would quote what people said, and errors are logged.
-        return parsed, create_engine(parsed, pool_size=READERS + 2, hide_parameters=True)
+        return parsed, create_engine(parsed, pool_size=READERS + 3, hide_parameters=True)
     except (ArgumentError, ImportError) as error:
         raise errors.FailedPrecondition(
             f"--database: {error}.",
@@ -331,7 +369,7 @@ def migrate(connection: Connection, *, down_to: str = "") -> None:
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     try:
-        with connection.begin():
+        with sqlite.whole(connection), connection.begin():
             if down_to:
                 alembic.command.downgrade(config, down_to)
             else:
@@ -341,21 +379,3 @@ def migrate(connection: Connection, *, down_to: str = "") -> None:
             f"The database's schema is not one that this version knows: {error}.",
             remedy="Run the version of Thumbwheel that wrote it, or a later one.",
         ) from error
-
-
-def _configure_sqlite(connection: Any, _: ConnectionPoolEntry) -> None:
-    connection.isolation_level = None  # the driver's own transactions break savepoints: `_begin_sqlite` starts them
-    for pragma in (
-        f"busy_timeout={int(BUSY_SECONDS * 1000)}",
-        "journal_mode=WAL",
-        "synchronous=FULL",
-        "foreign_keys=ON",
-        "secure_delete=ON",  # what is deleted is overwritten, not only let go of
-    ):
-        connection.execute(f"PRAGMA {pragma}").close()
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    # IMMEDIATE: a writer waits for its turn at the start, where waiting is possible, and not in the middle.
-    reads = connection.get_execution_options().get("reads", False)
-    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")

@@ -72,7 +72,36 @@ class _Outcome(NamedTuple):
     superseded_by: str
 
 
+class Decided(NamedTuple):
+    """What came of curation, written down and to be published."""
+
+    told: Sequence[Recorded]
+    feedback: Mapping[str, outbox.Event]
+    """What is told of each piece of feedback, by id."""
+
+    samples: Sequence[outbox.Event]
+    """What is accepted to learn from, and taken back."""
+
+
 def decide(
+    connection: Connection,
+    rules: Rules,
+    tenant: str,
+    groups: Collection[str],
+    *,
+    new: Collection[str] = (),
+    traceparent: str = "",
+) -> list[Recorded]:
+    """Curates these groups and publishes what changed. Feedback in `new` is told of whether it changed or not.
+
+    Returns the feedback that was told of.
+    """
+    made = decided(connection, rules, tenant, groups, new=new, traceparent=traceparent)
+    outbox.add(connection, [*made.feedback.values(), *made.samples])
+    return list(made.told)
+
+
+def decided(
     connection: Connection,
     rules: Rules,
     tenant: str,
@@ -81,12 +110,8 @@ def decide(
     new: Collection[str] = (),
     fresh: Sequence[Fresh] = (),
     traceparent: str = "",
-) -> list[Recorded]:
-    """Curates these groups and publishes what changed. Feedback in `new` is told of whether it changed or not; `fresh`
-    is written down with what it comes to, and told of.
-
-    Returns the feedback that was told of.
-    """
+) -> Decided:
+    """As `decide`, but leaves publishing to the caller. `fresh` is written down with what it comes to, and told of."""
     stood = standing.of_groups(connection, tenant, groups, learn_from_cut=rules.learn_from_cut)
     judged = [*stood, *(one.standing for one in fresh)]
     made = _curated(connection, rules, judged)
@@ -94,20 +119,23 @@ def decide(
     outcomes = _outcomes(judged, made, samples)
     told = [*_put_feedback(connection, stood, outcomes, new), *_put_fresh(connection, fresh, outcomes)]
     reasons = {id: outcome.reason for id, outcome in outcomes.items()}
+    own = {one.values["feedback_id"]: one for one in fresh}
+    # What several decide together is of the trace of the last of them.
     traces = {one.standing.group: one.traceparent for one in fresh}
-    events = _put_samples(connection, tenant, groups, samples, reasons, {f.values["feedback_id"]: f for f in fresh})
+    events = _put_samples(connection, tenant, groups, samples, reasons, own)
     group_of = {one.vote.feedback_id: one.group for one in judged}
-    outbox.add(
-        connection,
-        [
-            *(
-                records.event_of(one, prompt_id, traces.get(group_of[one.record.feedback_id], traceparent))
-                for one, prompt_id in told
-            ),
-            *(event._replace(traceparent=traces.get(group, traceparent)) for event, group in events),
-        ],
+
+    def trace_of(id: str) -> str:
+        return own[id].traceparent if id in own else traces.get(group_of[id], traceparent)
+
+    return Decided(
+        [recorded for recorded, _ in told],
+        {
+            one.record.feedback_id: records.event_of(one, prompt_id, trace_of(one.record.feedback_id))
+            for one, prompt_id in told
+        },
+        [event._replace(traceparent=traces.get(group, traceparent)) for event, group in events],
     )
-    return [recorded for recorded, _ in told]
 
 
 def _curated(connection: Connection, rules: Rules, stood: Sequence[Standing]) -> dict[str, Decision]:

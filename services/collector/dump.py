@@ -9,12 +9,14 @@ A backup is one consistent view, taken while the collector works. It is written 
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gzip
 import json
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,13 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Connection, Table, func, insert, select, text
 
 from services.collector.database import Database
-from services.collector.tables import metadata
+from services.collector.tables import inbox, metadata
 from thumbwheel import errors
 
 FORMAT = "thumbwheel-collector"
 _ROWS = 500
+_TABLES = (inbox, *metadata.sorted_tables)
+"""In this order: what is recorded while they are read is in both, and passed over once it is restored."""
 
 
 def backup(database: Database, path: Path) -> int:
@@ -57,24 +61,24 @@ async def restore(database: Database, path: Path) -> int:
 
     Raises `errors.FailedPrecondition` where the database is not empty, or the file no whole backup of this schema.
     """
-    return await database.write(lambda connection: _restore(connection, path))
+    return await asyncio.to_thread(database.write_all_now, partial(_restore, path=path))
 
 
 def _lines(connection: Connection) -> Iterator[dict[str, Any]]:
     yield {"format": FORMAT, "schema": _schema(connection), "created_at": datetime.now(UTC).isoformat()}
-    for table in metadata.sorted_tables:
+    for table in _TABLES:
         ordered = select(table).order_by(*table.primary_key.columns).execution_options(yield_per=_ROWS)
         for row in connection.execute(ordered).mappings():
             yield {"table": table.name, "row": {name: _packed(value) for name, value in row.items()}}
 
 
 def _restore(connection: Connection, path: Path) -> int:
-    for table in metadata.sorted_tables:
+    for table in _TABLES:
         if connection.execute(select(func.count()).select_from(table)).scalar_one():
             raise errors.FailedPrecondition(
                 f"The database is not empty: {table.name} has rows.", remedy="Restore into a new one, with --database."
             )
-    tables = {table.name: table for table in metadata.sorted_tables}
+    tables = {table.name: table for table in _TABLES}
     rows, end = 0, None
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -106,13 +110,13 @@ def _number_on(connection: Connection) -> None:
     """PostgreSQL numbers rows from a counter of its own, which the rows put in have not moved."""
     if connection.dialect.name != "postgresql":
         return
-    for table in metadata.sorted_tables:
+    for table in _TABLES:
         column = _numbered(table)
         if column is not None:
             connection.execute(
                 text(
-                    f"SELECT setval(pg_get_serial_sequence('{table.name}', '{column}'),"
-                    f" coalesce((SELECT max({column}) FROM {table.name}), 0) + 1, false)"
+                    f"SELECT setval(pg_get_serial_sequence('{table.fullname}', '{column}'),"
+                    f" coalesce((SELECT max({column}) FROM {table.fullname}), 0) + 1, false)"
                 )
             )
 

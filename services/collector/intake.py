@@ -1,9 +1,10 @@
-"""Submissions become rows, as many at once as share a commit: one statement for all where there was one for each.
+"""Feedback becomes part of the record, many pieces at once: one statement for all where there was one for each.
 
-    known keys ──▶ may they come in? ──▶ generations there? ──▶ ranks, samples ──▶ decide ──▶ rows · outbox
-         │              │                        │ no
-         ▼              ▼                        ▼
-    the first result    refused                 HELD, until `ledger.store` brings them
+    acknowledged ──▶ recorded already, forgotten since? ──┐
+    imported ──▶ known keys, may they come in? ───────────┴──▶ generations there? ──▶ ranks, samples ──▶ decide ──▶
+                                                                   │ no                           rows · outbox
+                                                                   ▼
+                                                               HELD, until `ledger.store` brings them
 
 Whatever is refused has written nothing, so that the others of its commit stand.
 """
@@ -11,16 +12,18 @@ Whatever is refused has written nothing, so that the others of its commit stand.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from sqlalchemy import Connection, bindparam, insert, select
 
-from services.collector import guide, many, outbox, picked, records, standing, tallies
-from services.collector.decide import decide
+from services.collector import guide, inbox, many, outbox, picked, records, standing, tallies
+from services.collector.decide import decided
 from services.collector.groups import Groups
 from services.collector.identity import Arrival, derived
+from services.collector.inbox import Waiting
 from services.collector.join import AWAITING, Arrived, join
 from services.collector.judgement import Judgement, judgement_of
 from services.collector.records import Recorded
@@ -84,14 +87,43 @@ class _Piece:
         return marks
 
 
+def take(connection: Connection, rows: Sequence[Waiting], curator: Curator) -> list[Recorded]:
+    """Records what was acknowledged, in its order, each piece once: what is recorded already is passed over, as is what
+    a user said who was forgotten since. Returns what was recorded.
+    """
+    pieces = []
+    for row in rows:
+        arrival = Arrival(row.feedback_id, row.received_at)
+        piece = _Piece(Incoming(inbox.submission_of(row), row.traceparent, arrival))
+        piece.propensity = row.propensity
+        pieces.append(piece)
+    _in_turn(pieces, partial(_take, connection, curator))
+    return [piece.result for piece in pieces if isinstance(piece.result, Recorded) and piece.result.changed]
+
+
+def _take(connection: Connection, curator: Curator, tenant: str, pieces: Sequence[_Piece]) -> None:
+    _repeated(connection, tenant, pieces)
+    _refuse(tombstones.refused, connection, tenant, pieces)
+    _record(connection, curator, tenant, _open(pieces))
+
+
 def submit(connection: Connection, incoming: Sequence[Incoming], curator: Curator) -> list[Result]:
-    """Records submissions, in their order; joins those whose generations have arrived, and holds the others.
+    """Checks and records submissions at once, in their order, as imports do; joins those whose generations have
+    arrived, and holds the others.
 
     The same submission again changes nothing. What is refused comes back as the error, in its place: `errors.Conflict`
     where the key was used with another body, `errors.InvalidArgument` for guidelines, aspects or a propensity that this
     tenant does not have, `errors.FailedPrecondition` where the user, or what it is about, was forgotten.
     """
     pieces = [_Piece(one) for one in incoming]
+    _in_turn(pieces, partial(_submit, connection, curator))
+    results = [piece.result for piece in pieces]
+    assert None not in results, "each piece has a result"
+    return results  # type: ignore[return-value]  # as was just asserted
+
+
+def _in_turn(pieces: Sequence[_Piece], work: Callable[[str, Sequence[_Piece]], None]) -> None:
+    """Calls `work` with the pieces of each tenant, in their order, as many at once as do not depend on each other."""
     by_tenant: dict[str, list[_Piece]] = defaultdict(list)
     for piece in pieces:
         by_tenant[piece.submission.tenant].append(piece)
@@ -100,23 +132,18 @@ def submit(connection: Connection, incoming: Sequence[Incoming], curator: Curato
         seen: set[tuple[Any, ...]] = set()
         for piece in of_tenant:
             if not seen.isdisjoint(piece.marks):  # it is to see the other one written down
-                _submit(connection, curator, tenant, together)
+                work(tenant, together)
                 together, seen = [], set()
             together.append(piece)
             seen.update(piece.marks)
-        _submit(connection, curator, tenant, together)
-    results = [piece.result for piece in pieces]
-    assert None not in results, "each piece has a result"
-    return results  # type: ignore[return-value]  # as was just asserted
+        work(tenant, together)
 
 
 def _submit(connection: Connection, curator: Curator, tenant: str, pieces: Sequence[_Piece]) -> None:
     """Records pieces of one tenant, no two of one key or of one user's item."""
     _repeated(connection, tenant, pieces)
     for refuse in (tombstones.refused, guide.refused):
-        open_ = _open(pieces)
-        for piece, error in zip(open_, refuse(connection, tenant, [one.submission for one in open_]), strict=True):
-            piece.result = error
+        _refuse(refuse, connection, tenant, pieces)
     open_ = _open(pieces)
     for piece, found in zip(open_, picked.propensities(connection, tenant, _of(open_)), strict=True):
         if isinstance(found, errors.ThumbwheelError):
@@ -124,6 +151,17 @@ def _submit(connection: Connection, curator: Curator, tenant: str, pieces: Seque
         else:
             piece.propensity = found
     _record(connection, curator, tenant, _open(pieces))
+
+
+def _refuse(
+    refuse: Callable[[Connection, str, Sequence[Submission]], Sequence[Result | None]],
+    connection: Connection,
+    tenant: str,
+    pieces: Sequence[_Piece],
+) -> None:
+    open_ = _open(pieces)
+    for piece, error in zip(open_, refuse(connection, tenant, _of(open_)), strict=True):
+        piece.result = error
 
 
 def _repeated(connection: Connection, tenant: str, pieces: Sequence[_Piece]) -> None:
@@ -173,11 +211,18 @@ def _record(connection: Connection, curator: Curator, tenant: str, pieces: Seque
             if how is not None:
                 values |= {"state": records.name_of(how.state), "reason": how.reason, "joined": how.reason}
             aside.append((piece, values))
-    told = _put_aside(connection, aside)
+    told, publish = _put_aside(connection, aside)
+    others: list[outbox.Event] = []
     if fresh:
         found = sorted({one.values["group_id"] for one in fresh})
-        for one in decide(connection, curator.rules, tenant, found, fresh=fresh):
-            told[one.record.feedback_id] = one
+        made = decided(connection, curator.rules, tenant, found, fresh=fresh)
+        told |= {one.record.feedback_id: one for one in made.told}
+        publish |= made.feedback
+        others = [*made.samples]
+    # What is recorded here is told of in its order, whatever came of it; then what else came of that.
+    ids = [piece.arrival.feedback_id for piece in pieces]
+    first = [publish.pop(id) for id in ids]
+    outbox.add(connection, [*first, *publish.values(), *others])
     connection.execute(
         insert(feedback_generations),
         [
@@ -190,19 +235,20 @@ def _record(connection: Connection, curator: Curator, tenant: str, pieces: Seque
         piece.result = told[piece.arrival.feedback_id]
 
 
-def _put_aside(connection: Connection, aside: Iterable[tuple[_Piece, dict[str, Any]]]) -> dict[str, Recorded]:
-    """Writes down what is not curated, at least not now."""
+def _put_aside(
+    connection: Connection, aside: Iterable[tuple[_Piece, dict[str, Any]]]
+) -> tuple[dict[str, Recorded], dict[str, outbox.Event]]:
+    """Writes down what is not curated, at least not now; returns it, and what is told of it, by id."""
     told: dict[str, Recorded] = {}
-    rows, events = [], []
+    rows, events = [], {}
     for piece, values in aside:
         one = records.new(values, piece.submission.feedback)
         told[one.record.feedback_id] = one
         rows.append(values)
-        events.append(records.event_of(one, piece.submission.prompt_id, piece.traceparent))
+        events[one.record.feedback_id] = records.event_of(one, piece.submission.prompt_id, piece.traceparent)
     if rows:
         connection.execute(insert(feedback), rows)
-    outbox.add(connection, events)
-    return told
+    return told, events
 
 
 def _values(piece: _Piece, ranks: tuple[int, int], sample_id: str | None) -> dict[str, Any]:

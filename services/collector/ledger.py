@@ -14,18 +14,19 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select, update
 
-from services.collector import intake, outbox, records
+from services.collector import inbox, intake, outbox, records
 from services.collector.decide import decide
 from services.collector.intake import Curator
 from services.collector.join import Arrived, Joined, join
 from services.collector.records import Recorded
-from services.collector.submission import Submission, receipts_of
+from services.collector.submission import Submission
 from services.collector.tables import feedback, feedback_generations, generations, held
+from services.collector.tables import inbox as waiting
 from services.collector.tables import outbox as outbox_table
 from thumbwheel import errors
 from thumbwheel.v1.events_pb2 import GenerationEvent
 from thumbwheel.v1.policy_pb2 import FinishReason, ReceiptClaims
-from thumbwheel.v1.preference_pb2 import Feedback, FeedbackRecord
+from thumbwheel.v1.preference_pb2 import FeedbackRecord
 
 RETRACTED, RETRACTED_BY_USER, WITHDRAWN = "RETRACTED", "retracted_by_user", "withdrawn"
 
@@ -77,12 +78,13 @@ def _withdraw_older(connection: Connection, retracted: Row[Any], traceparent: st
 
 
 def find(connection: Connection, feedback_ids: Sequence[str], tenant: str) -> list[FeedbackRecord]:
-    """Those records of the tenant that exist, in the order asked for."""
-    rows = connection.execute(
-        select(feedback).where(feedback.c.tenant == tenant, feedback.c.feedback_id.in_(feedback_ids))
-    )
-    by_id = {row.feedback_id: row for row in rows}
-    return [records.record_of(by_id[id]) for id in feedback_ids if id in by_id]
+    """Those records of the tenant that exist, in the order asked for; what is yet to be recorded is held."""
+    by_id: dict[str, FeedbackRecord] = {}
+    # In this order: what is recorded meanwhile is in both.
+    for table, record_of in ((waiting, inbox.record_of), (feedback, records.record_of)):
+        found = select(table).where(table.c.tenant == tenant, table.c.feedback_id.in_(feedback_ids))
+        by_id |= {row.feedback_id: record_of(row) for row in connection.execute(found)}
+    return [by_id[id] for id in feedback_ids if id in by_id]
 
 
 def store(connection: Connection, curator: Curator, events: Iterable[GenerationEvent]) -> list[Recorded]:
@@ -102,8 +104,8 @@ def store(connection: Connection, curator: Curator, events: Iterable[GenerationE
 
 def _join_held(connection: Connection, curator: Curator, generation_ids: Sequence[str]) -> list[Recorded]:
     refers = select(feedback_generations.c.feedback_id).where(feedback_generations.c.generation_id.in_(generation_ids))
-    waiting = select(feedback).where(held, feedback.c.feedback_id.in_(refers)).order_by(feedback.c.feedback_id)
-    submissions = [(row.feedback_id, _submission(row)) for row in connection.execute(waiting).all()]
+    unjoined = select(feedback).where(held, feedback.c.feedback_id.in_(refers)).order_by(feedback.c.feedback_id)
+    submissions = [(row.feedback_id, inbox.submission_of(row)) for row in connection.execute(unjoined).all()]
     wanted = {claims.generation_id for _, submission in submissions for claims in submission.claims}
     known = intake.arrived(connection, wanted)
     ready = [(id, submission, join(submission, known)) for id, submission in submissions]
@@ -192,10 +194,3 @@ def _set(connection: Connection, feedback_id: str, **values: Any) -> None:
     connection.execute(
         update(feedback).where(feedback.c.feedback_id == feedback_id).values(revision=feedback.c.revision + 1, **values)
     )
-
-
-def _submission(row: Row[Any]) -> Submission:
-    """The submission behind a record: its receipts were verified before it was recorded."""
-    body = Feedback.FromString(row.body)
-    claims = tuple(ReceiptClaims.FromString(receipt.claims) for _, receipt in receipts_of(body))
-    return Submission(row.tenant, body, row.body, row.body_sha256, row.kind, claims, row.consent)

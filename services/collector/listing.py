@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, select
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Select, Table, select
 
 from services.collector import records
+from services.collector.inbox import RECEIVED, record_of
 from services.collector.submission import check_id
-from services.collector.tables import feedback
+from services.collector.tables import feedback, inbox
 from thumbwheel import errors
-from thumbwheel.v1.preference_pb2 import FeedbackState, ListFeedbackRequest, ListFeedbackResponse
+from thumbwheel.v1.preference_pb2 import FeedbackRecord, FeedbackState, ListFeedbackRequest, ListFeedbackResponse
 
 PAGE, MAX_PAGE = 100, 1_000
+_HELD = "HELD"
 
 
 def check(request: ListFeedbackRequest) -> None:
@@ -28,19 +33,31 @@ def check(request: ListFeedbackRequest) -> None:
 
 
 def page(connection: Connection, request: ListFeedbackRequest, tenant: str) -> ListFeedbackResponse:
-    """A page of the tenant's feedback, newest first."""
+    """A page of the tenant's feedback, newest first; what is yet to be recorded is listed as held."""
     size = request.page_size or PAGE
-    wanted = select(feedback).where(feedback.c.tenant == tenant)
-    if request.states:
-        wanted = wanted.where(feedback.c.state.in_([records.name_of(state) for state in request.states]))
-    for name in ("reason", "user_id", "prompt_id"):
-        if value := getattr(request, name):
-            wanted = wanted.where(feedback.c[name] == value)
-    if request.page_token:  # ids sort by time
-        wanted = wanted.where(feedback.c.feedback_id < request.page_token)
-    rows = connection.execute(wanted.order_by(feedback.c.feedback_id.desc()).limit(size + 1)).all()
-    shown = rows[:size]
+    found: dict[str, FeedbackRecord] = {}
+    states = {records.name_of(state) for state in request.states}
+    # In this order: what is recorded meanwhile is in both, and stands as it was recorded.
+    if (not states or _HELD in states) and request.reason in ("", RECEIVED):
+        rows = connection.execute(_newest(inbox, request, tenant, ("user_id", "prompt_id")).limit(size + 1))
+        found |= {row.feedback_id: record_of(row) for row in rows}
+    wanted = _newest(feedback, request, tenant, ("reason", "user_id", "prompt_id"))
+    if states:
+        wanted = wanted.where(feedback.c.state.in_(states))
+    found |= {row.feedback_id: records.record_of(row) for row in connection.execute(wanted.limit(size + 1))}
+    newest = sorted(found.values(), key=lambda record: record.feedback_id, reverse=True)
+    shown = newest[:size]
     return ListFeedbackResponse(
-        records=[records.record_of(row) for row in shown],
-        next_page_token=shown[-1].feedback_id if len(rows) > size else "",
+        records=shown,
+        next_page_token=shown[-1].feedback_id if len(newest) > size else "",
     )
+
+
+def _newest(table: Table, request: ListFeedbackRequest, tenant: str, by: Sequence[str]) -> Select[Any]:
+    wanted = select(table).where(table.c.tenant == tenant)
+    for name in by:
+        if value := getattr(request, name):
+            wanted = wanted.where(table.c[name] == value)
+    if request.page_token:  # ids sort by time
+        wanted = wanted.where(table.c.feedback_id < request.page_token)
+    return wanted.order_by(table.c.feedback_id.desc())

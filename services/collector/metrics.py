@@ -21,10 +21,17 @@ FEEDBACK = Counter(
     "thumbwheel_collector_feedback_total", "Times that feedback came to stand in a state.", ["kind", "state"]
 )
 VERDICTS = Counter("thumbwheel_collector_verdicts_total", "What users said, each vote once.", ["kind", "verdict"])
-for _verdict in ("a", "b", "tie", "both_bad"):
-    VERDICTS.labels("comparison", _verdict)  # from 0 on, or the first would be no increase
-for _verdict in ("up", "down"):
-    VERDICTS.labels("thumb", _verdict)
+# Made here, to be there from 0 on: else the first would be no increase.
+_COMPARISONS = {
+    value: VERDICTS.labels("comparison", name.removeprefix("PREFERENCE_").lower())
+    for name, value in Preference.items()
+    if value
+}
+_THUMBS = {
+    value: VERDICTS.labels("thumb", name.removeprefix("THUMB_VALUE_").lower())
+    for name, value in ThumbValue.items()
+    if value
+}
 RECURATED = Counter(
     "thumbwheel_collector_recurated_total", "Times that feedback changed its state because its user's standing did."
 )
@@ -32,12 +39,12 @@ DUPLICATES = Counter("thumbwheel_collector_duplicates_total", "Submissions that 
 REFUSED = Counter("thumbwheel_collector_refused_total", "Calls refused, by kind of error.", ["reason"])
 COMMIT_SECONDS = Histogram(
     "thumbwheel_collector_commit_seconds",
-    "Time from asking for a write until it is durable.",
+    "Time from the check of feedback until it is durable.",
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15),
 )
 COMMIT_WRITES = Histogram(
     "thumbwheel_collector_commit_writes",
-    "Writes that were made durable together.",
+    "Pieces of feedback that were made durable together.",
     buckets=(1, 2, 4, 8, 16, 32, 64, 128),
 )
 GENERATIONS = Counter("thumbwheel_collector_generations_total", "Generations taken from the stream, repeats included.")
@@ -72,18 +79,20 @@ def said(feedback: Feedback) -> None:
     """Counts what a user said for the first time, where that is a verdict on whole responses."""
     match feedback.WhichOneof("kind"):
         case "thumb":
-            VERDICTS.labels("thumb", ThumbValue.Name(feedback.thumb.value).removeprefix("THUMB_VALUE_").lower()).inc()
+            _THUMBS[feedback.thumb.value].inc()
         case "comparison":
-            verdict = Preference.Name(feedback.comparison.preference).removeprefix("PREFERENCE_").lower()
-            VERDICTS.labels("comparison", verdict).inc()
+            _COMPARISONS[feedback.comparison.preference].inc()
 
 
 class Levels(NamedTuple):
-    """What is in the database now. `oldest` is in microseconds since the epoch; None where the outbox is empty."""
+    """What is in the database now. `oldest` is in microseconds since the epoch: of what is acknowledged, since when the
+    first event waits to be recorded or published; None where none does.
+    """
 
     unpublished: int
     oldest: int | None
     held: int
+    unrecorded: int
 
 
 class LevelCollector(Collector):
@@ -96,8 +105,11 @@ class LevelCollector(Collector):
         """The names, for registering without reading."""
         return (
             GaugeMetricFamily("thumbwheel_collector_outbox_depth", "Events committed and not published yet."),
-            GaugeMetricFamily("thumbwheel_collector_outbox_oldest_seconds", "Age of the oldest of them."),
+            GaugeMetricFamily(
+                "thumbwheel_collector_outbox_oldest_seconds", "Age of the oldest of them, or of what is in the inbox."
+            ),
             GaugeMetricFamily("thumbwheel_collector_held", "Feedback waiting for its generations."),
+            GaugeMetricFamily("thumbwheel_collector_inbox_depth", "Feedback acknowledged and not recorded yet."),
             GaugeMetricFamily("thumbwheel_collector_database_up", "1 where the database answered just now."),
         )
 
@@ -116,7 +128,7 @@ class LevelCollector(Collector):
         up.add_metric([], 1.0)
         yield up
         age = 0.0 if levels.oldest is None else max(0.0, time.time() - levels.oldest / 1e6)
-        for family, value in zip(families, (levels.unpublished, age, levels.held), strict=True):
+        for family, value in zip(families, (levels.unpublished, age, levels.held, levels.unrecorded), strict=True):
             family.add_metric([], value)
             yield family
 

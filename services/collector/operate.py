@@ -16,6 +16,7 @@ from services.collector.database import Database
 from services.collector.decide import decide
 from services.collector.rules import Rules
 from services.collector.tables import feedback, feedback_generations, gold
+from services.collector.taking import Taking
 from thumbwheel import errors
 
 BEGINNING = "beginning"
@@ -49,6 +50,11 @@ def since(text: str) -> int:
     return int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp() * 1e6)
 
 
+async def recorded(database: Database, rules: Rules) -> None:
+    """Records what was acknowledged and waits, so that what follows sees all of it; a collector may do so meanwhile."""
+    await asyncio.to_thread(Taking(database, rules).drain)
+
+
 async def replay(database: Database, text: str) -> int:
     """Everything from that time on is to be published again. Returns how many events wait for it."""
     return await database.write(partial(outbox.replay, since=since(text)))
@@ -56,6 +62,7 @@ async def replay(database: Database, text: str) -> int:
 
 async def release(database: Database, rules: Rules, feedback_id: str) -> None:
     """Lifts every quarantine from one piece of feedback, whoever gave it. Raises `errors.NotFound`."""
+    await recorded(database, rules)
     await database.write(partial(_release, rules=rules, feedback_id=feedback_id))
 
 
@@ -75,6 +82,7 @@ async def declare_gold(database: Database, rules: Rules, feedback_id: str) -> No
     It tells how far raters can be relied on, and is not learnt from any more. Raises `errors.NotFound` where there is
     no such comparison with a winner.
     """
+    await recorded(database, rules)
     await database.write(partial(_declare_gold, rules=rules, feedback_id=feedback_id))
 
 

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
 from services.collector.metrics import Levels
-from services.collector.tables import feedback, held, outbox, positions, topic_ids, unpublished
+from services.collector.tables import feedback, held, inbox, outbox, positions, topic_ids, unpublished
 from thumbwheel.stream.log import Headers, TopicPartition
 
 _MARK = update(outbox).where(outbox.c.id.in_(bindparam("rows", expanding=True))).values(published_at=bindparam("at"))
@@ -141,9 +141,10 @@ def save_topic_ids(connection: Connection, ids: Mapping[str, str]) -> None:
 
 
 def levels(connection: Connection) -> Levels:
-    """What waits to be published, and what waits for its generations."""
+    """What waits to be recorded, to be published, and for its generations."""
+    unrecorded, since = connection.execute(select(func.count(), func.min(inbox.c.received_at))).one()
     depth, oldest = connection.execute(
         select(func.count(), func.min(outbox.c.created_at)).select_from(outbox).where(unpublished)
     ).one()
     count: int = connection.execute(select(func.count()).select_from(feedback).where(held)).scalar_one()
-    return Levels(depth, oldest, count)
+    return Levels(depth, min((at for at in (since, oldest) if at is not None), default=None), count, unrecorded)

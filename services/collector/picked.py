@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from sqlalchemy import Connection, insert, select
@@ -69,27 +69,46 @@ def propensities(
     """Of each submission the probability with which what is compared was shown: as it was noted, else as the client
     says; None: not known. An error where the client says another one than was noted.
     """
-    pairs = {
-        number: Pair(*(claims.generation_id for claims in one.claims))
-        for number, one in enumerate(submissions)
-        if one.kind == "comparison"
-    }
-    of = {number: (submissions[number].feedback.user_id, pair.item) for number, pair in pairs.items()}
-    noted: dict[tuple[str, bytes], tuple[str, float]] = {}
-    if of:
-        rows = many.find(connection, _SHOWN, list(of.values()), tenant=tenant)
-        noted = {(user_id, bytes(item)): (first, propensity) for user_id, item, first, propensity in rows}
-    found: list[float | errors.InvalidArgument | None] = [None] * len(submissions)
-    for number, pair in pairs.items():
-        vote = submissions[number].feedback.comparison
+    items = items_of(submissions)
+    rows = many.find(connection, _SHOWN, items, tenant=tenant)
+    noted = {(user_id, bytes(item)): Noted(first, propensity) for user_id, item, first, propensity in rows}
+    return propensities_by(submissions, noted)
+
+
+class Noted(NamedTuple):
+    """What was noted of a pair that a user was shown: the one to be shown first, and the pair's probability."""
+
+    first: str
+    propensity: float
+
+
+def items_of(submissions: Sequence[Submission]) -> list[tuple[str, bytes]]:
+    """The users and pairs of all comparisons."""
+    return [(one.feedback.user_id, _pair(one).item) for one in submissions if one.kind == "comparison"]
+
+
+def propensities_by(
+    submissions: Sequence[Submission], noted: Mapping[tuple[str, bytes], Noted]
+) -> list[float | errors.InvalidArgument | None]:
+    """As `propensities`, by what was noted of users and pairs."""
+    found: list[float | errors.InvalidArgument | None] = []
+    for one in submissions:
+        if one.kind != "comparison":
+            found.append(None)
+            continue
+        vote, pair = one.feedback.comparison, _pair(one)
         said = vote.propensity if vote.HasField("propensity") else None
-        found[number] = _propensity(pair, said, noted.get(of[number]))
+        # Where nothing was noted at all, the item need not be made.
+        found.append(_propensity(pair, said, noted.get((one.feedback.user_id, pair.item)) if noted else None))
     return found
 
 
-def _propensity(
-    pair: Pair, said: float | None, noted: tuple[str, float] | None
-) -> float | errors.InvalidArgument | None:
+def _pair(submission: Submission) -> Pair:
+    a, b = submission.claims
+    return Pair(a.generation_id, b.generation_id)
+
+
+def _propensity(pair: Pair, said: float | None, noted: Noted | None) -> float | errors.InvalidArgument | None:
     if noted is None:
         return said
     first, propensity = noted

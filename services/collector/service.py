@@ -1,6 +1,7 @@
 """The collector's gRPC service, and what runs behind it.
 
-SubmitFeedback ──▶ check ──▶ Database.write ──▶ commit ──▶ OK ──▶ wake the relay
+SubmitFeedback ──▶ check ──▶ door: commit to the inbox ──▶ OK
+                                      └──▶ clerk: recorded, joined, curated ──▶ wake the relay
 """
 
 from __future__ import annotations
@@ -14,20 +15,23 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
-from services.collector import guide, intake, ledger, listing, metrics, outbox
+from services.collector import guide, inbox, ledger, listing, metrics, outbox
+from services.collector.acknowledge import Incoming
 from services.collector.asking import Asking
+from services.collector.clerk import Clerk, Process
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
+from services.collector.door import Door
 from services.collector.ingest import Ingest
-from services.collector.intake import Curator, Incoming
+from services.collector.intake import Curator
 from services.collector.raters import Assessor
-from services.collector.records import Recorded
 from services.collector.relay import Relay
 from services.collector.rights.eraser import Eraser
 from services.collector.rights.redaction import Redaction
 from services.collector.rights.spools import Spools
 from services.collector.rights.tenants import Tenants
 from services.collector.submission import Checker, check_id
+from services.collector.taking import Order
 from thumbwheel import errors, serving, tracing
 from thumbwheel.access import Security
 from thumbwheel.auth import ReceiptKey
@@ -75,7 +79,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
-    """Implements `PreferenceService` on a database. `committed` is called after each commit that is to be published."""
+    """Implements `PreferenceService` on a database. `committed` is called after each commit that is to be published.
+
+    `timeout`: longest that a retraction waits until what it takes back is recorded, in seconds.
+    """
 
     def __init__(
         self,
@@ -84,15 +91,20 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
         curator: Curator,
         asking: Asking,
         eraser: Eraser,
+        door: Door,
+        clerk: Clerk,
         committed: Callable[[], None],
+        timeout: float = 15.0,
     ) -> None:
         self._database = database
         self._checker = checker
         self._curator = curator
-        self._record = partial(intake.submit, curator=curator)
         self._asking = asking
-        self._committed = committed
         self._eraser = eraser
+        self._door = door
+        self._clerk = clerk
+        self._committed = committed
+        self._timeout = timeout
 
     async def SubmitFeedback(self, request: SubmitFeedbackRequest, context: Context) -> SubmitFeedbackResponse:
         """Returns when the feedback is durable."""
@@ -139,18 +151,22 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
         with _counted():
             check_id(request.feedback_id, "feedback_id")
             check_id(request.user_id, "user_id")
+            tenant = _tenant(context)
+            waits = partial(inbox.holds, tenant=tenant, feedback_id=request.feedback_id)
+            await self._clerk.settled(waits, self._timeout)
             recorded = await self._database.write(
                 partial(
                     ledger.retract,
                     curator=self._curator,
                     feedback_id=request.feedback_id,
                     user_id=request.user_id,
-                    tenant=_tenant(context),
+                    tenant=tenant,
                     traceparent=tracing.traceparent(),
                 )
             )
         if recorded.changed:
-            self._changed(recorded)
+            metrics.told([recorded])
+            self._committed()
         return RetractResponse(record=recorded.record)
 
     async def GetFeedback(self, request: GetFeedbackRequest, context: Context) -> GetFeedbackResponse:
@@ -200,16 +216,15 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
     async def _submit(self, feedback: Feedback, tenant: str, traceparent: str) -> SubmitFeedbackResponse:
         with _counted():
             submission = self._checker.check(feedback, tenant=tenant)
-            recorded: Recorded = await self._database.write_with_others(self._record, Incoming(submission, traceparent))
-        if recorded.changed:
+            acknowledged = await self._door.admit(Incoming(submission, traceparent))
+        if acknowledged.changed:
             metrics.said(feedback)
-            self._changed(recorded)
+            self._clerk.wake()
         else:
             metrics.DUPLICATES.inc()
-        record = recorded.record
-        return SubmitFeedbackResponse(
-            feedback_id=record.feedback_id, duplicate=not recorded.changed, received_at=record.received_at
-        )
+        response = SubmitFeedbackResponse(feedback_id=acknowledged.feedback_id, duplicate=not acknowledged.changed)
+        response.received_at.FromMicroseconds(acknowledged.received_at)
+        return response
 
     async def _each(self, feedback: Iterable[Feedback], tenant: str, traceparent: str) -> list[FeedbackResult]:
         """What became of each. They are written in their order, and share commits."""
@@ -221,10 +236,6 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
                 return FeedbackResult(refused=refusal(error))
 
         return await asyncio.gather(*(one(piece) for piece in feedback))
-
-    def _changed(self, recorded: Recorded) -> None:
-        metrics.told([recorded])
-        self._committed()
 
 
 def refusal(error: errors.ThumbwheelError) -> FeedbackRefusal:
@@ -270,6 +281,16 @@ async def opened(settings: CollectorSettings) -> AsyncIterator[Database]:
         await asyncio.to_thread(database.close)
 
 
+@contextlib.asynccontextmanager
+async def opened_door(database: Database, settings: CollectorSettings) -> AsyncIterator[Door]:
+    """Where feedback comes in; at the end, what waits there is made durable."""
+    door = Door(database, max_pending=settings.max_pending_writes, timeout=settings.write_timeout_seconds)
+    try:
+        yield door
+    finally:
+        await asyncio.to_thread(door.close)
+
+
 async def collect(settings: CollectorSettings) -> None:
     """Runs the collector until SIGTERM. Feedback is taken while the broker is away, and published when it is back."""
     tenants = Tenants.load(settings.tenants_path)
@@ -279,13 +300,20 @@ async def collect(settings: CollectorSettings) -> None:
     spools = Spools.of(settings)
     log = open_log(settings.bootstrap_servers, settings.kafka_tls)
     try:
-        async with opened(settings) as database, reward_service(settings) as (reward, metadata):
+        async with (
+            opened(settings) as database,
+            opened_door(database, settings) as door,
+            reward_service(settings) as (reward, metadata),
+        ):
             relay = Relay(database, log, settings, redaction)
             ingest = Ingest(database, log, settings, curator, relay.wake, tenants)
             assessor = Assessor(database, settings.rules, settings.assess_seconds, relay.wake)
-            eraser = Eraser(database, settings, tenants, relay.wake, spools)
+            order = Order(settings.database_url, settings.rules, settings.log_level)
+            clerk = Clerk(database, door, Process(order), relay.wake, settings.max_backoff_seconds)
+            eraser = Eraser(database, settings, tenants, relay.wake, spools, clerk)
             asking = Asking(database, reward, metadata, settings.shares, settings.pick_window)
-            preferences = Preferences(database, checker, curator, asking, eraser, relay.wake)
+            timeout = settings.write_timeout_seconds
+            preferences = Preferences(database, checker, curator, asking, eraser, door, clerk, relay.wake, timeout)
             await serving.serve(
                 process="collector",
                 listen=settings.listen,
@@ -293,6 +321,7 @@ async def collect(settings: CollectorSettings) -> None:
                 services=[NAME],
                 register=partial(preference_pb2_grpc.add_PreferenceServiceServicer_to_server, preferences),
                 background={
+                    "clerk": clerk.run,
                     "relay": relay.run,
                     "ingest": ingest.run,
                     "assessor": assessor.run,

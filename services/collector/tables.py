@@ -1,5 +1,6 @@
 """The tables. `migrations/` builds them; a test holds that both agree.
 
+    door.inbox                                             what was acknowledged, and is still to be recorded
     feedback ──< feedback_generations >── generations      what was said, of what
     decisions ──< decision_votes >── feedback              what is learnt from, and the votes that it rests on
     prompts, tallies                                       what is curated together, and how much came of whom
@@ -9,6 +10,9 @@
     outbox                                                 what is to be published, and what has been
     positions, topic_ids                                   where reading goes on, and how far writing got
     erasures ──< erased_samples    tombstones    exports   what was erased, must not come back, and was copied where
+
+The inbox has a schema of its own: in SQLite that is a file beside the record's, so that acknowledging waits for nobody
+who writes there.
 
 Times are microseconds since the epoch, so that both databases keep and order them alike. Messages are kept serialised,
 as they came: a field that this code does not know survives.
@@ -34,17 +38,37 @@ from sqlalchemy import (
     true,
 )
 
-metadata = MetaData(
-    naming_convention={
-        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
-        "pk": "pk_%(table_name)s",
-    }
-)
+_NAMES = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    "pk": "pk_%(table_name)s",
+}
+metadata = MetaData(naming_convention=_NAMES)
+DOOR = "door"
+"""The inbox's schema."""
 
 # SQLite numbers rows by itself only where the key is declared INTEGER.
 RowNumber = BigInteger().with_variant(Integer(), "sqlite")
+
+inbox = Table(
+    "inbox",
+    MetaData(naming_convention=_NAMES, schema=DOOR),
+    Column("seq", RowNumber, primary_key=True, autoincrement=True, doc="The order in which they are recorded."),
+    Column("feedback_id", String(128), nullable=False, index=True),
+    Column("tenant", String(128), nullable=False),
+    Column("idempotency_key", String(128), nullable=False),
+    Column("body_sha256", LargeBinary(32), nullable=False, doc="Of the Feedback, serialised deterministically."),
+    Column("user_id", String(128), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("body", LargeBinary, nullable=False, doc="The Feedback."),
+    Column("prompt_id", String(128), nullable=False),
+    Column("consent", Boolean, nullable=False, doc="Whether it may be learnt from."),
+    Column("propensity", Float, nullable=True, doc="Of having been shown what was compared, in this order."),
+    Column("traceparent", String(128), nullable=False),
+    Column("received_at", BigInteger, nullable=False),
+    UniqueConstraint("tenant", "idempotency_key"),
+)
 
 generations = Table(
     "generations",

@@ -14,7 +14,9 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -32,8 +34,8 @@ PAUSE_SECONDS = 0.15
 KILLS_AN_EPISODE = 20
 SETTLE_SECONDS = 90.0
 _TARGETS = {
-    "sqlite": {"collector": 4, "relay": 3, "broker": 3},
-    "postgres": {"collector": 3, "relay": 3, "broker": 2, "database": 4},
+    "sqlite": {"collector": 4, "taker": 3, "relay": 3, "broker": 3},
+    "postgres": {"collector": 3, "taker": 3, "relay": 3, "broker": 2, "database": 4},
 }
 
 
@@ -97,13 +99,18 @@ async def _serve(made: Cluster, load: Load) -> None:
 
 
 async def _kill(made: Cluster, target: str, draw: random.Random, load: Load) -> None:
-    """kill -9, some time without it, and a new start. The relay is killed when there is something for it to publish."""
+    """kill -9, some time without it, and a new start. The relay is killed when there is something for it to publish.
+    The taker, the process that records what the collector acknowledged, is started again by the collector.
+    """
     away = draw.uniform(0.0, 0.3)
     match target:
         case "collector":
             made.collector.kill()
             await asyncio.sleep(away)
             await asyncio.to_thread(made.start_collector)
+        case "taker":
+            for child in made.collector.children():
+                os.kill(child, signal.SIGKILL)
         case "relay":
             await _until_it_publishes(made)
             made.collector.kill()
@@ -124,7 +131,7 @@ async def _kill(made: Cluster, target: str, draw: random.Random, load: Load) -> 
 
 async def _until_it_publishes(made: Cluster) -> None:
     async with asyncio.timeout(10.0):
-        while (await asyncio.to_thread(observe.waiting, made.query))[0] == 0:  # noqa: ASYNC110 - another process
+        while (await asyncio.to_thread(observe.waiting, made.query)).unpublished == 0:  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.001)
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 
@@ -30,16 +30,19 @@ FROM feedback f ORDER BY received_at, feedback_id
 """
 _OUTBOX_ROWS = "SELECT id, event_id, topic, key, published_at IS NOT NULL AND refused IS NULL FROM outbox ORDER BY id"
 _WAITING = """
-SELECT (SELECT count(*) FROM outbox WHERE published_at IS NULL),
+SELECT (SELECT count(*) FROM door.inbox),
+       (SELECT count(*) FROM outbox WHERE published_at IS NULL),
        (SELECT count(*) FROM feedback WHERE state = 'HELD')
 """
 
 
 def sqlite_query(path: Path) -> Query:
-    """Asks a SQLite file, each time through a new connection."""
+    """Asks a SQLite file, and the inbox beside it, each time through a new connection."""
+    inbox = path.with_name(f"{path.stem}-inbox{path.suffix}")
 
     def query(sql: str) -> list[tuple[Any, ...]]:
         with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=10.0)) as connection:
+            connection.execute("ATTACH ? AS door", (f"file:{inbox}?mode=ro",)).close()
             return connection.execute(sql).fetchall()
 
     return query
@@ -68,10 +71,18 @@ def outbox_rows(query: Query) -> list[OutboxRow]:
     ]
 
 
-def waiting(query: Query) -> tuple[int, int]:
-    """How many events are not published, and how much feedback waits for its generations."""
-    [(unpublished, held)] = query(_WAITING)
-    return unpublished, held
+class Waiting(NamedTuple):
+    """What is yet to be recorded, to be published, and to have its generations."""
+
+    unrecorded: int
+    unpublished: int
+    held: int
+
+
+def waiting(query: Query) -> Waiting:
+    """How much of what was acknowledged waits."""
+    [row] = query(_WAITING)
+    return Waiting(*row)
 
 
 def _feedback(value: bytes) -> tuple[str, str, tuple[str, ...], str, str, str]:
@@ -162,17 +173,17 @@ class Reader:
 
 
 def await_none_waiting(query: Query, seconds: float) -> None:
-    """Returns when nothing waits to be published and nothing is held. Raises TimeoutError."""
+    """Returns when nothing waits to be recorded or published, and nothing is held. Raises TimeoutError."""
     deadline = time.monotonic() + seconds
     while True:
         try:
             left = waiting(query)
         except psycopg.OperationalError as error:  # it still recovers from having been killed
-            left = (-1, -1)
+            left = None
             if time.monotonic() > deadline:
                 raise TimeoutError(f"after {seconds:g} s, the database does not answer") from error
-        if left == (0, 0):
+        if left == (0, 0, 0):
             return
         if time.monotonic() > deadline:
-            raise TimeoutError(f"after {seconds:g} s, {left[0]} events are not published and {left[1]} are held")
+            raise TimeoutError(f"after {seconds:g} s, there are still {left}")
         time.sleep(0.05)

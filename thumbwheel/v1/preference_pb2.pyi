@@ -118,7 +118,7 @@ class _FeedbackStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Feedbac
     FEEDBACK_STATE_UNSPECIFIED: _FeedbackState.ValueType  # 0
     """Not given."""
     FEEDBACK_STATE_HELD: _FeedbackState.ValueType  # 1
-    """Durable; waiting for a generation it refers to to arrive."""
+    """Durable; waiting for a generation it refers to to arrive, or, with the reason "received", to be recorded at all."""
     FEEDBACK_STATE_ACCEPTED: _FeedbackState.ValueType  # 2
     """Joined to its generations and emitted for training."""
     FEEDBACK_STATE_APART: _FeedbackState.ValueType  # 3
@@ -138,7 +138,7 @@ class FeedbackState(_FeedbackState, metaclass=_FeedbackStateEnumTypeWrapper):
 FEEDBACK_STATE_UNSPECIFIED: FeedbackState.ValueType  # 0
 """Not given."""
 FEEDBACK_STATE_HELD: FeedbackState.ValueType  # 1
-"""Durable; waiting for a generation it refers to to arrive."""
+"""Durable; waiting for a generation it refers to to arrive, or, with the reason "received", to be recorded at all."""
 FEEDBACK_STATE_ACCEPTED: FeedbackState.ValueType  # 2
 """Joined to its generations and emitted for training."""
 FEEDBACK_STATE_APART: FeedbackState.ValueType  # 3

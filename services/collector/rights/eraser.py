@@ -18,7 +18,8 @@ from functools import partial
 from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy import Connection, select, update
 
-from services.collector import metrics, tables
+from services.collector import inbox, metrics, tables
+from services.collector.clerk import Clerk
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
 from services.collector.outbox import now_micros
@@ -39,7 +40,9 @@ _HOUR = 3600.0
 
 
 class Eraser:
-    """Forgets users and enforces retention. `committed` is called after each commit that is to be published."""
+    """Forgets users and enforces retention. `committed` is called after each commit that is to be published; `clerk`
+    has recorded what waits of a user, where feedback is taken in meanwhile.
+    """
 
     def __init__(
         self,
@@ -48,12 +51,14 @@ class Eraser:
         tenants: Tenants,
         committed: Callable[[], None],
         spools: Spools | None = None,
+        clerk: Clerk | None = None,
     ) -> None:
         self._database = database
         self._settings = settings
         self._tenants = tenants
         self._committed = committed
         self._spools = spools or Spools()
+        self._clerk = clerk
         self._wake = asyncio.Event()
         self._finished = asyncio.Condition()
         self._pause = Pause(settings.max_backoff_seconds)
@@ -65,6 +70,7 @@ class Eraser:
         Raises what `Database.write` raises. A caller who gives up waiting changes nothing: it is finished all the same,
         and asking again tells what came of it.
         """
+        await self._settle(tenant, user_id)
         elsewhere = bool(self._spools.addresses)
         work = partial(erasure.forget, rules=self._settings.rules, tenant=tenant, user_id=user_id, elsewhere=elsewhere)
         await self._database.write(work)
@@ -81,6 +87,16 @@ class Eraser:
                 remedy="Ask again for what came of it; the collector's log says what it waits for.",
             ) from None
         return await self._report(tenant, user_id)
+
+    async def _settle(self, tenant: str, user_id: str) -> None:
+        """Has recorded what waits of the user, so that it is told what is erased."""
+        if self._clerk is None:
+            return
+        try:
+            waits = partial(inbox.holds_of, tenant=tenant, user_id=user_id)
+            await self._clerk.settled(waits, self._settings.write_timeout_seconds)
+        except errors.DeadlineExceeded as error:  # it is erased all the same, where it waits
+            logger.warning("erased before it was recorded", extra={"error": str(error)})
 
     async def run(self) -> None:
         """Finishes what is to be finished and expires what is too old, until it is cancelled."""
@@ -126,7 +142,10 @@ class Eraser:
             ids = [erasure_id for erasure_id, _ in pending]
             hashes = await self._database.read(partial(tombstones.of_erasures, erasure_ids=ids))
             await self._spools.erase(hashes)  # 2
-            await self._database.maintain(partial(vacuum, dialect=self._database.dialect))  # 3
+            rewrite = partial(vacuum, dialect=self._database.dialect)  # 3
+            await asyncio.to_thread(self._database.write_inbox_now, tombstones.clear_inbox)
+            await asyncio.to_thread(self._database.maintain_inbox_now, partial(rewrite, schema=tables.DOOR))
+            await self._database.maintain(rewrite)
             await self._database.write(partial(_mark, erasure_ids=ids))  # 4
             metrics.ERASURES.inc(len(ids))
             logger.info("erased", extra={"erasures": ids})

@@ -5,11 +5,11 @@ A record that is read again from the stream, or comes late, is dropped when it i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, insert, select, text
 
-from services.collector import many
+from services.collector import inbox, many
 from services.collector.submission import Submission
 from services.collector.tables import generations, tombstones
 from thumbwheel import errors
@@ -51,18 +51,28 @@ def refused(
     connection: Connection, tenant: str, submissions: Sequence[Submission]
 ) -> list[errors.FailedPrecondition | None]:
     """Of each submission: an error where its user was forgotten, or what it is about was erased."""
-    users = [user_hash(tenant, one.feedback.user_id) for one in submissions]
-    prompts = [prompt_hash(tenant, one.prompt_id) for one in submissions]
-    there = present(connection, list({*users, *prompts}))
+    return refused_by(connection, tenant, submissions, present(connection, sorted(hashes_of(tenant, submissions))))
+
+
+def hashes_of(tenant: str, submissions: Sequence[Submission]) -> set[bytes]:
+    """The tombstones that submissions would be refused by."""
+    users = {user_hash(tenant, one.feedback.user_id) for one in submissions}
+    return users | {prompt_hash(tenant, one.prompt_id) for one in submissions}
+
+
+def refused_by(
+    connection: Connection, tenant: str, submissions: Sequence[Submission], there: Set[bytes]
+) -> list[errors.FailedPrecondition | None]:
+    """As `refused`, of those tombstones that are `there`."""
     if not there:
         return [None] * len(submissions)
     return [
         _forgotten("feedback.user_id")
-        if user in there
+        if user_hash(tenant, one.feedback.user_id) in there
         else _erased()
-        if prompt in there and not _is_left(connection, tenant, one.prompt_id)
+        if prompt_hash(tenant, one.prompt_id) in there and not _is_left(connection, tenant, one.prompt_id)
         else None
-        for one, user, prompt in zip(submissions, users, prompts, strict=True)
+        for one in submissions
     ]
 
 
@@ -73,6 +83,15 @@ def _is_left(connection: Connection, tenant: str, prompt_id: str) -> bool:
     # By prompt alone: given the tenant too, SQLite reads everything of that tenant.
     tenants = select(generations.c.tenant).where(generations.c.prompt_id == prompt_id)
     return tenant in connection.execute(tenants).scalars()
+
+
+def clear_inbox(connection: Connection) -> None:
+    """Takes out of the inbox what forgotten users said, were it acknowledged while they were being forgotten."""
+    if connection.dialect.name == "postgresql":  # what is on its way in comes first, and after it knows the tombstone
+        connection.execute(text("LOCK TABLE door.inbox IN SHARE ROW EXCLUSIVE MODE"))
+    users = {user_hash(*who): who for who in inbox.users(connection)}
+    for forgotten in present(connection, list(users)):
+        inbox.erase(connection, *users[forgotten])
 
 
 def refuse_user(connection: Connection, tenant: str, user_id: str, *, field: str) -> None:

@@ -136,6 +136,7 @@ def test_killed_between_commit_and_publish(stack: Stack) -> None:
     assert stack.broker.pid is not None
     os.kill(stack.broker.pid, signal.SIGSTOP)
     acked = first + [stack.submit(one).feedback_id for one in feedback[20:]]
+    stack.wait_joined(acked)
     states = {record.state for record in stack.find(acked[20:])}
     assert states == {FeedbackState.FEEDBACK_STATE_ACCEPTED}
     stack.collector.kill()

@@ -21,6 +21,7 @@ from services.collector.identity import Arrival
 from services.collector.intake import Curator, Incoming
 from services.collector.records import Recorded
 from services.collector.submission import Checker, Submission
+from thumbwheel import errors
 from thumbwheel.auth import ReceiptKey, create_keys
 from thumbwheel.stream import topics
 from thumbwheel.stream.log import Record
@@ -75,10 +76,13 @@ async def record(
     arrival: Arrival | None = None,
     curator: Curator | None = None,
 ) -> Recorded:
-    """Records, as the service does."""
-    work = partial(intake.submit, curator=curator or curator_of(database))
-    recorded: Recorded = await database.write_with_others(work, Incoming(submission, traceparent, arrival))
-    return recorded
+    """Records at once, as imports do."""
+    incoming = [Incoming(submission, traceparent, arrival)]
+    work = partial(intake.submit, incoming=incoming, curator=curator or curator_of(database))
+    [result] = await database.write(work)
+    if isinstance(result, errors.ThumbwheelError):
+        raise result
+    return result
 
 
 async def retract(database: Database, feedback_id: str, user: str = "ann", tenant: str = "default") -> Recorded:
@@ -165,7 +169,7 @@ class Deployment:
         return self.generation(a, prompt_id), self.generation(b, prompt_id)
 
     async def submit(self, database: Database, feedback: Feedback) -> Recorded:
-        """Checks and records, as the service does."""
+        """Checks and records at once, as imports do."""
         submission = Checker(self.key, 1_000).check(feedback, tenant=self.tenant)
         return await record(database, submission)
 

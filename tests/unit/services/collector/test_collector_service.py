@@ -8,26 +8,34 @@ import random
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
+import sqlalchemy
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from prometheus_client import REGISTRY
+from sqlalchemy import Connection
 
-from services.collector import metrics, outbox
+from services.collector import metrics, outbox, tables
 from services.collector.asking import Asking
+from services.collector.clerk import Clerk
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
+from services.collector.door import Door
 from services.collector.rights.eraser import Eraser
 from services.collector.rights.tenants import Tenants
+from services.collector.rules import Rules
 from services.collector.service import Preferences, refusal
+from services.collector.sqlite import WRITES_INBOX
 from services.collector.submission import Checker
+from services.collector.taking import Taking
 from tests.unit.services.collector import parts
-from tests.unit.services.collector.parts import TIE, A, B, Deployment, curator_of, store
+from tests.unit.services.collector.parts import TIE, A, B, Deployment, curator_of, eventually, store
 from thumbwheel import errors, serving
 from thumbwheel.client import AsyncClient
 from thumbwheel.stream import topics
@@ -54,35 +62,64 @@ OTHER_TENANT = ((serving.TENANT_KEY, "other"),)
 
 
 class Client:
-    """The stub, and how often the relay was woken."""
+    """The stub, the second stage, and how often the relay was woken."""
 
-    def __init__(self, channel: grpc.aio.Channel, address: str) -> None:
+    work: Clerk
+    eraser: Eraser
+
+    def __init__(self, channel: grpc.aio.Channel, address: str, database: Database) -> None:
         self.address = address
         self.stub = preference_pb2_grpc.PreferenceServiceStub(channel)
         self.woken = 0
+        self._database = database
+
+    async def recorded(self) -> None:
+        """Returns when all that was acknowledged is recorded."""
+        await eventually(partial(self._database.read, outbox.levels), lambda levels: levels.unrecorded == 0)
 
     def wake(self) -> None:
         self.woken += 1
 
 
 @pytest.fixture
-def eraser(database: Database, settings: CollectorSettings) -> Eraser:
-    return Eraser(database, settings, Tenants(), lambda: None)
-
-
-@pytest.fixture
-async def client(database: Database, deployment: Deployment, eraser: Eraser) -> AsyncIterator[Client]:
-    server = grpc.aio.server(interceptors=[serving.CallInterceptor()])
+async def hands_off(database: Database, deployment: Deployment, settings: CollectorSettings) -> AsyncIterator[Client]:
+    """A service whose second stage does nothing until `client.work.run` runs."""
+    server = grpc.aio.server()
     port = server.add_insecure_port("127.0.0.1:0")
+    door = Door(database)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        client = Client(channel, f"127.0.0.1:{port}")
+        client = Client(channel, f"127.0.0.1:{port}", database)
+        client.work = Clerk(database, door, Taking(database, Rules()), client.wake, 0.05)
+        client.eraser = Eraser(database, settings, Tenants(), lambda: None, clerk=client.work)
         asking = Asking(database, draw=random.Random(0))
         checker = Checker(deployment.key, 1_000)
-        preferences = Preferences(database, checker, curator_of(database), asking, eraser, client.wake)
-        preference_pb2_grpc.add_PreferenceServiceServicer_to_server(preferences, server)
+        preferences = Preferences(
+            database, checker, curator_of(database), asking, client.eraser, door, client.work, client.wake, 5.0
+        )
+        preference_pb2_grpc.add_PreferenceServiceServicer_to_server(preferences, serving.guarded(server))
         await server.start()
         yield client
     await server.stop(None)
+    await asyncio.to_thread(door.close)
+
+
+@pytest.fixture
+async def client(hands_off: Client) -> AsyncIterator[Client]:
+    """A service that records what it acknowledges."""
+    async with working(hands_off):
+        yield hands_off
+
+
+@contextlib.asynccontextmanager
+async def working(client: Client) -> AsyncIterator[None]:
+    """The second stage works in the body."""
+    task = asyncio.create_task(client.work.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled(), task.exception()
 
 
 @contextlib.asynccontextmanager
@@ -98,7 +135,9 @@ def counter(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
-async def test_feedback_is_taken_found_and_taken_back(client: Client, deployment: Deployment) -> None:
+async def test_feedback_is_taken_found_and_taken_back(
+    client: Client, database: Database, deployment: Deployment
+) -> None:
     feedback = parts.comparison(*deployment.pair(), A)
     submitted = await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=feedback))
     assert submitted.feedback_id
@@ -107,7 +146,7 @@ async def test_feedback_is_taken_found_and_taken_back(client: Client, deployment
     again = await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=feedback))
     assert (again.feedback_id, again.duplicate) == (submitted.feedback_id, True)
     assert again.received_at == submitted.received_at
-    assert client.woken == 1
+    await client.recorded()
     found = await client.stub.GetFeedback(GetFeedbackRequest(feedback_ids=["no", submitted.feedback_id]))
     [record] = found.records
     assert (record.feedback, record.state) == (feedback, FeedbackState.FEEDBACK_STATE_HELD)
@@ -115,7 +154,12 @@ async def test_feedback_is_taken_found_and_taken_back(client: Client, deployment
     for _ in range(2):
         retracted = await client.stub.Retract(request)
         assert retracted.record.state == FeedbackState.FEEDBACK_STATE_RETRACTED
-    assert client.woken == 2
+    assert (await database.read(outbox.levels)).unpublished == 2
+
+    async def woken() -> int:
+        return client.woken
+
+    await eventually(woken, lambda times: times == 2)
 
 
 async def test_a_conflict_names_the_key(client: Client, deployment: Deployment) -> None:
@@ -176,33 +220,111 @@ async def test_retract_and_get_check_what_they_are_given(client: Client) -> None
 
 
 async def test_a_full_disk_says_what_to_do_and_passes(
-    client: Client, database: Database, deployment: Deployment
+    hands_off: Client, database: Database, deployment: Deployment
 ) -> None:
-    pages = await database.write(lambda c: c.exec_driver_sql("PRAGMA page_count").scalar_one())
-    await database.write(lambda c: c.exec_driver_sql(f"PRAGMA max_page_count={pages}").close())
+    pages = 1  # SQLite takes that for as many as there are
+
+    def limit(connection: Connection) -> None:
+        if connection.get_execution_options().get("mode") == WRITES_INBOX:
+            connection.exec_driver_sql(f"PRAGMA door.max_page_count={pages}").close()
+
+    sqlalchemy.event.listen(database._engine, "begin", limit)
     event = deployment.generation()
     acked: list[str] = []
     with pytest.raises(grpc.aio.AioRpcError) as raised:  # noqa: PT012 - how many fit into the last pages is not known
         while len(acked) < 200:
             request = SubmitFeedbackRequest(feedback=parts.comment(event, "x" * 900))
-            acked.append((await client.stub.SubmitFeedback(request)).feedback_id)
+            acked.append((await hands_off.stub.SubmitFeedback(request)).feedback_id)
     assert raised.value.code() == grpc.StatusCode.FAILED_PRECONDITION
     failure = errors.from_rpc_error(raised.value)
     assert isinstance(failure, errors.NoSpace)
     assert "Free space" in failure.remedy
-    found = await client.stub.GetFeedback(GetFeedbackRequest(feedback_ids=acked))
+    found = await hands_off.stub.GetFeedback(GetFeedbackRequest(feedback_ids=acked))
     assert len(found.records) == len(acked)
-    await database.write(lambda c: c.exec_driver_sql("PRAGMA max_page_count=1000000").close())
-    again = await client.stub.SubmitFeedback(request)
+    pages = 1_000_000
+    again = await hands_off.stub.SubmitFeedback(request)
     assert not again.duplicate
+    async with working(hands_off):
+        await hands_off.recorded()
+    assert (await database.read(outbox.levels)).unpublished == len(acked) + 1
+
+
+async def test_what_waits_is_found_listed_and_counted(
+    hands_off: Client, database: Database, deployment: Deployment
+) -> None:
+    a, b = deployment.pair()
+    await store(database, a, b)
+    old = await deployment.submit(database, parts.comment(a, "recorded at once"))
+    feedback = parts.comparison(a, b, key="k")
+    made = await hands_off.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=feedback))
     levels = await database.read(outbox.levels)
-    assert levels.unpublished == len(acked) + 1
+    assert (levels.unrecorded, levels.unpublished) == (1, 1)
+    [record] = (await hands_off.stub.GetFeedback(GetFeedbackRequest(feedback_ids=[made.feedback_id]))).records
+    assert (record.feedback, record.received_at, record.reason) == (feedback, made.received_at, "received")
+    assert record.state == FeedbackState.FEEDBACK_STATE_HELD
+
+    async def listed(**fields: Any) -> list[str]:
+        return [r.feedback_id for r in (await hands_off.stub.ListFeedback(ListFeedbackRequest(**fields))).records]
+
+    both = [made.feedback_id, old.record.feedback_id]
+    assert await listed() == both
+    assert await listed(page_size=1) == both[:1]
+    assert await listed(page_token=both[0]) == both[1:]
+    assert await listed(states=[FeedbackState.FEEDBACK_STATE_HELD]) == both[:1]
+    assert await listed(reason="received", user_id="ann") == both[:1]
+    assert await listed(reason="received", user_id="bob") == []
+    assert await listed(states=[FeedbackState.FEEDBACK_STATE_RECORDED]) == both[1:]
+    again = await hands_off.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=feedback))
+    assert (again.feedback_id, again.duplicate) == (made.feedback_id, True)
+    async with refused(grpc.StatusCode.ALREADY_EXISTS):
+        await hands_off.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=parts.comparison(a, b, B, key="k")))
+    async with working(hands_off):
+        await hands_off.recorded()
+        [record] = (await hands_off.stub.GetFeedback(GetFeedbackRequest(feedback_ids=[made.feedback_id]))).records
+        assert record.state == FeedbackState.FEEDBACK_STATE_ACCEPTED
+        again = await hands_off.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=feedback))
+        assert (again.feedback_id, again.duplicate) == (made.feedback_id, True)
 
 
-async def test_forget_answers_when_it_is_done(client: Client, deployment: Deployment, eraser: Eraser) -> None:
+async def test_what_waits_is_retracted_once_it_is_recorded(hands_off: Client, deployment: Deployment) -> None:
+    feedback = parts.comparison(*deployment.pair())
+    made = await hands_off.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=feedback))
+    retraction = RetractRequest(feedback_id=made.feedback_id, user_id="ann")
+    retracting = asyncio.create_task(_awaited(hands_off.stub.Retract(retraction)))
+    async with working(hands_off):
+        assert (await retracting).record.state == FeedbackState.FEEDBACK_STATE_RETRACTED
+
+
+async def _awaited(call: Any) -> Any:
+    return await call
+
+
+async def test_what_waits_is_forgotten(
+    hands_off: Client, database: Database, deployment: Deployment, settings: CollectorSettings
+) -> None:
+    event = deployment.generation()
+    secret = "words-of-ann-4f1c"
+    request = SubmitFeedbackRequest(feedback=parts.comment(event, secret))
+    await hands_off.stub.SubmitFeedback(request)
+    await hands_off.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=parts.comment(event, "bob's", user="bob")))
+    assert [path for path in settings.home.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    erasing = asyncio.create_task(hands_off.eraser.run())
+    async with working(hands_off):
+        response = await hands_off.stub.Forget(ForgetRequest(user_id="ann"))
+        assert response.feedback_erased == 1
+        async with refused(grpc.StatusCode.FAILED_PRECONDITION):
+            await hands_off.stub.SubmitFeedback(request)
+        await hands_off.recorded()
+    erasing.cancel()
+    await asyncio.wait([erasing])
+    assert not [path for path in settings.home.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+    assert [r.user_id for r in await database.read(lambda c: c.execute(tables.feedback.select()).all())] == ["bob"]
+
+
+async def test_forget_answers_when_it_is_done(client: Client, deployment: Deployment) -> None:
     pair = deployment.pair()
     await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=parts.comparison(*pair, key="k")))
-    running = asyncio.create_task(eraser.run())
+    running = asyncio.create_task(client.eraser.run())
     nothing = await client.stub.Forget(ForgetRequest(user_id="ann"), metadata=OTHER_TENANT)
     assert (nothing.feedback_erased, nothing.generations_erased) == (0, 0)
     response = await client.stub.Forget(ForgetRequest(user_id="ann"))
@@ -272,6 +394,7 @@ async def test_feedback_is_listed_by_where_it_stands(
     for index, pair in enumerate(pairs):
         feedback = parts.comparison(*pair, TIE if index % 2 else A, user="bob" if index == 4 else "ann")
         ids.append((await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=feedback))).feedback_id)
+    await client.recorded()
 
     async def listed(**fields: Any) -> list[str]:
         return [r.feedback_id for r in (await client.stub.ListFeedback(ListFeedbackRequest(**fields))).records]
@@ -333,6 +456,7 @@ async def test_the_next_comparison_is_shown_once_and_its_propensity_kept(
     right = Feedback.FromString(wrong.SerializeToString())
     right.comparison.ClearField("propensity")
     await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=right))
+    await client.recorded()
     rows = await database.read(lambda connection: outbox.waiting(connection, 10))
     [event] = [ComparisonEvent.FromString(row.value) for row in rows if row.topic == topics.COMPARISONS]
     assert event.propensity == 0.5
@@ -354,6 +478,7 @@ async def test_the_client_library_does_all_of_it(client: Client, database: Datab
         assert result.recorded.feedback_id
         await app.implicit(picked.a, "dwelled", user_id="ann", seconds=2.5)
         await app.implicit(picked.a, "copied", user_id="ann")
+        await client.recorded()
         page = await app.list_feedback(ListFeedbackRequest(reason="weak_evidence"))
         assert [record.feedback.implicit.seconds for record in page.records] == [0.0, 2.5]
         assert {record.state for record in page.records} == {FeedbackState.FEEDBACK_STATE_RECORDED}
@@ -373,7 +498,12 @@ async def test_metrics_count_what_happened(client: Client, database: Database, d
     request = SubmitFeedbackRequest(feedback=parts.comparison(*deployment.pair()))
     for _ in range(3):
         await client.stub.SubmitFeedback(request)
-    assert counter("thumbwheel_collector_feedback_total", kind="comparison", state="HELD") == recorded + 1
+    await client.recorded()
+
+    async def held() -> float:
+        return counter("thumbwheel_collector_feedback_total", kind="comparison", state="HELD")
+
+    await eventually(held, lambda count: count == recorded + 1)
     assert counter("thumbwheel_collector_duplicates_total") == duplicates + 2
     assert counter("thumbwheel_collector_verdicts_total", kind="comparison", verdict="a") == preferred + 1
     assert counter("thumbwheel_collector_verdicts_total", kind="thumb", verdict="down") == disliked + 1
@@ -382,6 +512,7 @@ async def test_metrics_count_what_happened(client: Client, database: Database, d
         assert counter("thumbwheel_collector_database_up") == 1
         assert counter("thumbwheel_collector_outbox_depth") == 2
         assert counter("thumbwheel_collector_held") == 2
+        assert counter("thumbwheel_collector_inbox_depth") == 0
         assert 0 <= counter("thumbwheel_collector_outbox_oldest_seconds") < 60
     assert REGISTRY.get_sample_value("thumbwheel_collector_held") is None
 

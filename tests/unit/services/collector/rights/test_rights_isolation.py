@@ -6,19 +6,25 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 
+from services.collector import outbox
 from services.collector.asking import Asking
+from services.collector.clerk import Clerk
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
+from services.collector.door import Door
 from services.collector.rights.eraser import Eraser
 from services.collector.rights.tenants import Tenants
+from services.collector.rules import Rules
 from services.collector.service import Preferences
 from services.collector.submission import Checker
+from services.collector.taking import Taking
 from tests.unit.services.collector import parts
 from tests.unit.services.collector.parts import Deployment
 from thumbwheel import serving
@@ -32,19 +38,24 @@ THEIRS = ((serving.TENANT_KEY, "theirs"),)
 
 @pytest.fixture
 async def address(database: Database, deployment: Deployment, settings: CollectorSettings) -> AsyncIterator[str]:
-    server = grpc.aio.server(interceptors=[serving.CallInterceptor()])
+    server = grpc.aio.server()
     port = server.add_insecure_port("127.0.0.1:0")
-    eraser = Eraser(database, settings, Tenants(), lambda: None)
+    door = Door(database)
+    clerk = Clerk(database, door, Taking(database, Rules()), lambda: None, 0.05)
+    eraser = Eraser(database, settings, Tenants(), lambda: None, clerk=clerk)
     asking = Asking(database, draw=random.Random(0))
     curator = parts.curator_of(database)
-    service = Preferences(database, Checker(deployment.key, 1_000), curator, asking, eraser, lambda: None)
-    preference_pb2_grpc.add_PreferenceServiceServicer_to_server(service, server)
+    checker = Checker(deployment.key, 1_000)
+    service = Preferences(database, checker, curator, asking, eraser, door, clerk, lambda: None)
+    preference_pb2_grpc.add_PreferenceServiceServicer_to_server(service, serving.guarded(server))
     await server.start()
-    erasing = asyncio.create_task(eraser.run())
+    working = [asyncio.create_task(eraser.run()), asyncio.create_task(clerk.run())]
     yield f"127.0.0.1:{port}"
-    erasing.cancel()
-    await asyncio.wait([erasing])
+    for task in working:
+        task.cancel()
+    await asyncio.wait(working)
     await server.stop(None)
+    await asyncio.to_thread(door.close)
 
 
 @pytest.fixture
@@ -71,6 +82,7 @@ async def test_a_client_says_of_everything_whether_its_users_agree(
         said.consent = True
         results = await client.submit_batch([parts.thumb(pair[0], user="cyd"), said])
         ids += [result.recorded.feedback_id for result in results]
+        await parts.eventually(partial(database.read, outbox.levels), lambda levels: levels.unrecorded == 0)
         reasons = [record.reason for record in await client.feedback(ids)]
         assert reasons == ["no_consent", "no_consent", "unpaired_thumb"], "what is said of one counts for that one"
         forgotten = await client.forget("ann")

@@ -1,0 +1,203 @@
+"""Keeps the second stage going: starts its process, gives it turns while anything waits, and starts it again.
+
+    an acknowledgement ──▶ wake ──▶ a turn of the record's writer: the process records some rows ──▶ the door drops them
+                                         ▲                                                              │
+                                         └──────────────────── until none are left ─────────────────────┘
+
+In a turn nothing else of this collector writes the record, and nothing but the door writes to the inbox: SQLite has one
+lock for each, and who has to ask for it again waits long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from services.collector import metrics
+from services.collector.database import Database, Work
+from services.collector.door import Door
+from services.collector.pause import RETRIED, Pause
+from services.collector.taking import AT_ONCE, Order, Taken
+from thumbwheel import errors
+
+logger = logging.getLogger(__name__)
+
+TURN_SECONDS = 60.0
+"""Longest that a turn may take; the first one starts the process, and with it opens the database."""
+_CLOSE_SECONDS = 10.0
+_OTHERS_SECONDS = 5.0
+_LOOK_SECONDS = 0.25
+"""How often to look whether another collector on this database has recorded what is waited for."""
+
+
+class Hand(Protocol):
+    """What takes rows from the inbox: `taking.Taking`, or its process."""
+
+    def take(self, limit: int) -> Taken:
+        """Records the oldest rows."""
+
+    def close(self) -> None:
+        """Ends it."""
+
+
+class Process:
+    """The second stage in a process of its own, started when it is first needed, and again when it has ended."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._process: subprocess.Popen[bytes] | None = None
+        self._turn = threading.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """Its id; None where it does not run."""
+        return None if self._process is None else self._process.pid
+
+    def take(self, limit: int) -> Taken:
+        """As `Taking.take`. Raises `errors.Unavailable`, too, where the process ends or does not answer."""
+        with self._turn:
+            try:
+                process = self._started()
+                assert process.stdin is not None
+                process.stdin.write(b"%d\n" % limit)
+                process.stdin.flush()
+                answer = json.loads(self._line(process))
+            except (OSError, EOFError, ValueError) as error:
+                self._kill()
+                raise errors.Unavailable(
+                    f"The process that records feedback gave no answer: {error}.",
+                    remedy="It is started again; the collector's log says what it met.",
+                ) from error
+        if "error" in answer:
+            raise errors.Unavailable(answer["error"])
+        return Taken(answer["ids"], [tuple(one) for one in answer["told"]])
+
+    def close(self) -> None:
+        """Lets it finish its turn, and ends it."""
+        with self._turn:
+            if self._process is None:
+                return
+            assert self._process.stdin is not None
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_CLOSE_SECONDS)
+            self._kill()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._process.poll() is not None:
+            self._kill()
+        if self._process is None:
+            command = [sys.executable, "-m", "services.collector.taking"]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            assert self._process.stdin is not None
+            self._process.stdin.write(self._order.dumped())
+        return self._process
+
+    def _kill(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):  # what could not be written any more
+                pipe.close()
+
+    def _line(self, process: subprocess.Popen[bytes]) -> bytes:
+        assert process.stdout is not None
+        out, deadline, line = process.stdout.fileno(), time.monotonic() + TURN_SECONDS, b""
+        some_came = select.poll()  # not `select`, which knows no more than 1,024 files
+        some_came.register(out, select.POLLIN)
+        while not line.endswith(b"\n"):
+            if not some_came.poll(max(0.0, deadline - time.monotonic()) * 1e3):
+                raise TimeoutError(f"none within {TURN_SECONDS:g} s")
+            some = os.read(out, 65_536)
+            if not some:
+                raise EOFError("it has ended")
+            line += some
+        return line
+
+
+class Clerk:
+    """Has recorded what is acknowledged. `committed` is called after each commit that is to be published."""
+
+    def __init__(
+        self, database: Database, door: Door, hand: Hand, committed: Callable[[], None], longest_pause: float
+    ) -> None:
+        self._database = database
+        self._door = door
+        self._hand = hand
+        self._committed = committed
+        self._wake = asyncio.Event()
+        self._turned = asyncio.Condition()
+        self._pause = Pause(longest_pause)
+
+    def wake(self) -> None:
+        """Something was acknowledged."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Has all recorded that waits, until it is cancelled."""
+        try:
+            while True:
+                self._wake.clear()
+                try:
+                    while (await self._turn()).ids:
+                        self._pause.reset()
+                except RETRIED as error:
+                    logger.warning("recording waits", extra={"error": str(error), "seconds": self._pause.seconds})
+                    await self._pause.wait()
+                    continue
+                # What another collector acknowledged that has ended since is recorded, too.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_OTHERS_SECONDS):
+                        await self._wake.wait()
+        finally:
+            await asyncio.to_thread(self._hand.close)
+
+    async def settled(self, waits: Work[bool], timeout: float) -> None:
+        """Returns when `waits`, which looks into the inbox, says that what it looks for is recorded.
+
+        Raises `errors.DeadlineExceeded`, and what `Database.read` raises.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                while await self._database.read(waits):
+                    self.wake()
+                    await self._turn_ends()
+        except TimeoutError:
+            raise errors.DeadlineExceeded(
+                f"What was acknowledged before was not recorded within {timeout:g} s.",
+                remedy="Send it again; see thumbwheel_collector_inbox_depth, and the log where it does not fall.",
+            ) from None
+
+    async def _turn(self) -> Taken:
+        taken: Taken = await self._database.turn(self._take)
+        for kind, state, count in taken.told:
+            metrics.FEEDBACK.labels(kind, state).inc(count)
+        if taken.ids:
+            self._committed()
+            await self._door.drop(taken.ids)
+            async with self._turned:
+                self._turned.notify_all()
+        return taken
+
+    def _take(self) -> Taken:
+        return self._hand.take(AT_ONCE)
+
+    async def _turn_ends(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LOOK_SECONDS), self._turned:
+                await self._turned.wait()

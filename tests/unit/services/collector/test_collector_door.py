@@ -1,0 +1,300 @@
+"""The door: what it acknowledges is durable, shares commits, and is refused or repeated as each piece deserves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import sqlalchemy
+from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError
+
+from services.collector import acknowledge as acknowledging
+from services.collector import door as doors
+from services.collector import inbox
+from services.collector.acknowledge import Acknowledged, Incoming
+from services.collector.config import CollectorSettings
+from services.collector.database import Database, migrate
+from services.collector.door import Door
+from services.collector.rules import Rules
+from services.collector.sqlite import inbox_path
+from services.collector.submission import Checker
+from services.collector.taking import Taking
+from tests.unit.services.collector import parts
+from tests.unit.services.collector.parts import A, B, Deployment
+from thumbwheel import errors
+from thumbwheel.v1.preference_pb2 import AspectPreference, Feedback
+
+Admit = Callable[[Feedback], "asyncio.Task[Acknowledged]"]
+
+
+@pytest.fixture
+async def door(database: Database) -> AsyncIterator[Door]:
+    door = Door(database, max_pending=4)
+    yield door
+    await asyncio.to_thread(door.close)
+
+
+@pytest.fixture
+def admit(door: Door, deployment: Deployment) -> Admit:
+    checker = Checker(deployment.key, 1_000)
+
+    def admitted(feedback: Feedback) -> asyncio.Task[Acknowledged]:
+        incoming = Incoming(checker.check(feedback, tenant="default"))
+        return asyncio.create_task(door.admit(incoming))
+
+    return admitted
+
+
+class Held:
+    """Commits that wait until they are let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.release = threading.Event(), threading.Event()
+        self.groups: list[int] = []
+        acknowledge = acknowledging.acknowledge
+
+        def held(connection: Connection, incoming: Sequence[Incoming]) -> list[acknowledging.Result]:
+            self.groups.append(len(incoming))
+            self.begun.set()
+            assert self.release.wait(10)
+            return acknowledge(connection, incoming)
+
+        monkeypatch.setattr(doors, "acknowledge", held)
+
+    async def first(self) -> None:
+        """Returns when the first commit waits."""
+        assert await asyncio.to_thread(self.begun.wait, 10)
+
+
+def in_file(settings: CollectorSettings) -> list[str]:
+    """The keys in the inbox, as another process sees them."""
+    with contextlib.closing(sqlite3.connect(inbox_path(settings.home / "collector.db"))) as connection:
+        return [key for (key,) in connection.execute("select idempotency_key from inbox order by seq")]
+
+
+async def test_what_is_acknowledged_is_in_the_file(
+    admit: Admit, deployment: Deployment, settings: CollectorSettings
+) -> None:
+    acknowledged = await admit(parts.thumb(deployment.generation(), key="k"))
+    assert acknowledged.changed
+    assert in_file(settings) == ["k"]
+
+
+def test_the_disk_is_waited_for(database: Database) -> None:
+    with database.door() as connection:
+        for name, value in (("synchronous", 2), ("journal_mode", "wal"), ("secure_delete", 1)):
+            assert connection.exec_driver_sql(f"PRAGMA door.{name}").scalar_one() == value
+
+
+async def test_what_comes_during_a_commit_shares_the_next(
+    admit: Admit, deployment: Deployment, settings: CollectorSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch)
+    event = deployment.generation()
+    first = admit(parts.comment(event, "0", key="0"))
+    await held.first()
+    others = [admit(parts.comment(event, str(i), key=str(i))) for i in range(1, 4)]
+    await asyncio.sleep(0)
+    held.release.set()
+    ids = [one.feedback_id for one in await asyncio.gather(first, *others)]
+    assert held.groups == [1, 3]
+    assert in_file(settings) == ["0", "1", "2", "3"]
+    assert ids == sorted(ids)
+
+
+async def test_what_is_refused_holds_up_nobody(
+    admit: Admit, deployment: Deployment, settings: CollectorSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch)
+    pair = deployment.pair()
+    first = admit(parts.comparison(*pair, A, key="k"))
+    await held.first()
+    misguided = parts.comparison(*pair)
+    misguided.guidelines_version = "never-shown"
+    again, conflict, refused = (
+        admit(parts.comparison(*pair, A, key="k")),
+        admit(parts.comparison(*pair, B, key="k")),
+        admit(misguided),
+    )
+    await asyncio.sleep(0)
+    held.release.set()
+    assert await again == (await first)._replace(changed=False)
+    with pytest.raises(errors.Conflict, match="'k' was used before"):
+        await conflict
+    with pytest.raises(errors.InvalidArgument, match="never-shown"):
+        await refused
+    assert in_file(settings) == ["k"]
+
+
+async def test_a_key_counts_once_within_a_group_and_once_it_is_recorded(
+    admit: Admit, database: Database, deployment: Deployment, settings: CollectorSettings
+) -> None:
+    pair = deployment.pair()
+    vote, other = parts.comparison(*pair, A, key="k"), parts.comparison(*pair, B, key="k")
+    first, again, conflict = await asyncio.gather(admit(vote), admit(vote), admit(other), return_exceptions=True)
+    assert isinstance(first, Acknowledged)
+    assert again == first._replace(changed=False)
+    assert isinstance(conflict, errors.Conflict)
+    Taking(database, Rules()).drain()
+    assert in_file(settings) == []
+    assert await admit(vote) == again
+    with pytest.raises(errors.Conflict):
+        await admit(other)
+
+
+async def test_too_many_are_refused_until_some_are_durable(
+    admit: Admit, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch)
+    event = deployment.generation()
+    first = admit(parts.comment(event, "first"))
+    await held.first()
+    waiting = [admit(parts.comment(event, str(i))) for i in range(4)]
+    await asyncio.sleep(0)
+    with pytest.raises(errors.ResourceExhausted) as raised:
+        await admit(parts.comment(event, "refused"))
+    assert raised.value.retry_after > 0
+    held.release.set()
+    assert len(await asyncio.gather(first, *waiting)) == 5
+    assert (await admit(parts.comment(event, "refused"))).changed
+
+
+async def test_a_submission_has_a_deadline(
+    database: Database, deployment: Deployment, settings: CollectorSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, door = Held(monkeypatch), Door(database, timeout=0.05)
+    checker, event = Checker(deployment.key, 1_000), deployment.generation()
+    first = asyncio.create_task(
+        door.admit(Incoming(checker.check(parts.comment(event, "1", key="1"), tenant="default")))
+    )
+    await held.first()
+    with pytest.raises(errors.DeadlineExceeded):
+        await door.admit(Incoming(checker.check(parts.comment(event, "2", key="2"), tenant="default")))
+    with pytest.raises(errors.DeadlineExceeded):
+        await first
+    held.release.set()
+    await asyncio.to_thread(door.close)
+    assert in_file(settings) == ["1"], "what was given up before its turn is not taken in"
+
+
+async def test_a_key_taken_meanwhile_is_seen_the_second_time(
+    admit: Admit, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, runs = inbox.put, []
+
+    def late(connection: Connection, rows: Sequence[inbox.Waiting]) -> None:
+        runs.append(len(rows))
+        if len(runs) == 1:
+            raise IntegrityError("insert", None, sqlite3.IntegrityError("UNIQUE constraint failed"))
+        put(connection, rows)
+
+    monkeypatch.setattr(inbox, "put", late)
+    assert (await admit(parts.comment(deployment.generation(), "x"))).changed
+    assert len(runs) == 2
+
+
+async def test_what_fails_fails_alone(
+    admit: Admit, deployment: Deployment, settings: CollectorSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = inbox.put
+
+    def picky(connection: Connection, rows: Sequence[inbox.Waiting]) -> None:
+        if any(row.idempotency_key == "bad" for row in rows):
+            raise ZeroDivisionError
+        put(connection, rows)
+
+    monkeypatch.setattr(inbox, "put", picky)
+    event = deployment.generation()
+    pieces = [admit(parts.comment(event, key, key=key)) for key in ("a", "bad", "b")]
+    outcomes = await asyncio.gather(*pieces, return_exceptions=True)
+    assert [type(one) for one in outcomes] == [Acknowledged, ZeroDivisionError, Acknowledged]
+    assert in_file(settings) == ["a", "b"]
+
+
+async def test_acknowledging_waits_for_nobody_who_writes_the_record(
+    admit: Admit, database: Database, deployment: Deployment
+) -> None:
+    begun, release = threading.Event(), threading.Event()
+
+    def hold(connection: Connection) -> None:
+        begun.set()
+        assert release.wait(10)
+
+    writing = asyncio.create_task(database.write(hold))
+    assert await asyncio.to_thread(begun.wait, 10)
+    async with asyncio.timeout(4):  # less than SQLite waits for a lock
+        assert (await admit(parts.comment(deployment.generation(), "x"))).changed
+    release.set()
+    await writing
+
+
+async def test_closing_makes_durable_what_waits(
+    database: Database, deployment: Deployment, settings: CollectorSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, door = Held(monkeypatch), Door(database)
+    checker, event = Checker(deployment.key, 1_000), deployment.generation()
+    incoming = [Incoming(checker.check(parts.comment(event, "x", key=str(i)), tenant="default")) for i in range(300)]
+    tasks = [asyncio.create_task(door.admit(one)) for one in incoming]
+    await held.first()
+    held.release.set()
+    await asyncio.to_thread(door.close)
+    await asyncio.gather(*tasks)
+    assert len(in_file(settings)) == 300
+    with pytest.raises(errors.Unavailable):
+        await door.admit(incoming[0])
+
+
+async def test_many_cost_as_many_statements_as_few(
+    admit: Admit, database: Database, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statements: list[str] = []
+
+    def note(*called: object) -> None:
+        statements.append(str(called[2]))
+
+    def counted(number: int) -> int:
+        checker = Checker(deployment.key, 1_000)
+        pieces = [parts.comparison(*deployment.pair(), user=f"user-{i}") for i in range(number)]
+        for piece in pieces:
+            piece.comparison.aspects.append(AspectPreference(aspect="fluency", preference=A))
+        incoming = [Incoming(checker.check(one, tenant="default")) for one in pieces]
+        statements.clear()
+        database.write_inbox_now(lambda connection: acknowledging.acknowledge(connection, incoming))
+        return len(statements)
+
+    sqlalchemy.event.listen(database._engine, "before_cursor_execute", note)
+    counted(1)  # attaches
+    assert counted(2) == counted(96) <= 5
+
+
+@pytest.fixture
+def old(settings: CollectorSettings) -> Iterator[Connection]:
+    engine = sqlalchemy.create_engine(settings.database_url)
+    with engine.connect() as connection:
+        yield connection
+    engine.dispose()
+
+
+async def test_the_schema_goes_back_only_when_nothing_waits(
+    database: Database, admit: Admit, door: Door, deployment: Deployment, old: Connection
+) -> None:
+    await admit(parts.comment(deployment.generation(), "x"))
+    await asyncio.to_thread(door.close)
+    with pytest.raises(errors.FailedPrecondition, match=r"1 pieces of feedback are acknowledged.*inbox_depth"):
+        migrate(old, down_to="0003")
+    Taking(database, Rules()).drain()
+    database.close()
+    migrate(old, down_to="0003")
+    migrate(old)
+    assert old.exec_driver_sql("SELECT count(*) FROM feedback").scalar_one() == 1
+
+
+def test_the_inbox_is_beside_the_record(settings: CollectorSettings, database: Database) -> None:
+    assert inbox_path(Path("/x/collector.db")) == Path("/x/collector-inbox.db")
+    assert inbox_path(settings.home / "collector.db").is_file()
