@@ -88,6 +88,7 @@ class Run:
                 send(self._service.process.address, SUBMIT, path)
             sent = published.result(_SECONDS)
         self._service.until("SELECT count(*) FROM generations", self._known)
+        self._service.until("SELECT count(*) FROM feedback", self._key)
         self._service.until("SELECT count(*) FROM outbox WHERE published_at IS NULL", 0)
         idle = self._idle * (time.monotonic() - began)
         return Spent(self._cpu() - cpu - idle, self._record() - record, self._stream() - stream + sent)
@@ -120,8 +121,8 @@ class Run:
         return made
 
     def _cpu(self) -> float:
-        used = self._process.cpu_times()
-        return float(used.user + used.system)
+        used = [one.cpu_times() for one in (self._process, *self._process.children())]
+        return float(sum(one.user + one.system for one in used))
 
     def _record(self) -> int:
         [(pages,)], [(each,)] = self._service.query("PRAGMA page_count"), self._service.query("PRAGMA page_size")

@@ -4,12 +4,16 @@
 
 The collector is the real process; clients are one other process. Votes are comparisons whose responses are there, so
 each is joined and curated, and leaves two events in the outbox; ten of them come to a prompt, as in `bench.curation`.
-Peers, one round each beside each round of ours:
+An acknowledgement says that a vote is in the inbox, durably; recording and curating it follow, in a process of the
+collector's beside. Peers, one round each beside each round of ours, once all of that is done:
 
-    ack_vs_bare_*       the rows of that very round, through the database's driver, in commits as large as the
+    ack_vs_bare_*       the inbox's rows of that very round, through the database's driver, in commits as large as the
                         collector's were on average; no gRPC, no checks, no lookups, no library above the driver
     ack_vs_echo         a unary gRPC echo of the same messages, by the same clients
-    ack_p99_vs_commit   at half of that round's rate, requests at random times; the peer is one vote's rows a commit
+    ack_p99_vs_commit   at half of that round's rate, requests at random times; the peer is one vote's row a commit
+    curated_vs_acked    votes recorded, joined and curated a second, from the first acknowledgement to the last event in
+                        the outbox; the peer is the rate at which that round was acknowledged. On two cores the clients
+                        go first, and most of it happens after the burst
     relay_vs_bare       after a broker's loss all is published again; the peer is a kafka-python producer, set alike,
                         that sends the same records to the same broker
 
@@ -34,9 +38,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.collector_clients import write_requests
-from bench.collector_peers import ECHO, TABLES, Event, Plain, Rows, groups, produce
+from bench.collector_peers import ECHO, Event, Plain, Rows, groups, produce
 from bench.harness import Ratio, Target, percentile, report, rounds
 from services.collector.database import Database
+from services.collector.inbox import Waiting
+from services.collector.sqlite import inbox_path
 from tests.faults.observe import Query, postgres_query, sqlite_query
 from tests.postgres import Postgres
 from tests.support import Process, free_port
@@ -52,6 +58,8 @@ CLIENTS = 64
 VOTES_A_PROMPT = 10
 _WORDS = "a plain answer of some length that says what there is to say and then stops for good "
 _SECONDS = 300.0
+_INBOX = Waiting._fields[:-1]
+"""The columns of the inbox, but the one that the database fills in."""
 
 
 @dataclass
@@ -107,6 +115,10 @@ class Service:
                 raise TimeoutError(f"{sql}: not {value}")
             time.sleep(0.1)
 
+    def until_recorded(self) -> None:
+        """Waits until all that was voted is recorded and curated."""
+        self.until("SELECT count(*) FROM feedback", self.votes)
+
     def requests(self, count: int) -> Path:
         """A file of votes, each by a user who has not judged that pair."""
         made = []
@@ -154,44 +166,28 @@ class Written:
     def __init__(self, service: Service) -> None:
         self._query = service.query
         url = f"sqlite:///{service.home / 'bare.db'}"
-        target: Path | str = service.home / "bare.db"
+        target: Path | str = inbox_path(service.home / "bare.db")
         if service.postgres is not None:
             with contextlib.closing(_psycopg(service.postgres.conninfo)) as connection:
                 connection.execute("CREATE DATABASE bare")
             url = service.postgres.url.replace("/postgres", "/bare")
             target = service.postgres.conninfo.replace("dbname=postgres", "dbname=bare")
         Database(url).close()  # makes the tables
-        self.columns = {table: self._columns(table, service) for table in TABLES}
-        self.plain = Plain(target, self.columns)
-        self._feedback, self._outbox = "", 0
+        self.plain = Plain(target, _INBOX)
+        self._last = ""
 
     def rows(self) -> Rows:
-        """What was written since the last call, each row behind the feedback that it came with."""
-        names = {table: ", ".join(f"t.{name}" for name in columns) for table, columns in self.columns.items()}
-        new = f"feedback_id > '{self._feedback}' ORDER BY"
-        [[self._feedback]] = self._query("SELECT coalesce(max(feedback_id), '') FROM feedback")
-        found = {
-            "feedback": f"t.feedback_id, {names['feedback']} FROM feedback t WHERE t.{new} t.feedback_id",
-            "feedback_generations": f"t.feedback_id, {names['feedback_generations']} FROM feedback_generations t "
-            f"WHERE t.{new} t.feedback_id, t.place",
-            "decisions": f"v.feedback_id, {names['decisions']} FROM decisions t "
-            f"JOIN decision_votes v ON v.sample_id = t.sample_id AND v.place = 0 WHERE v.{new} v.feedback_id",
-            "decision_votes": f"t.feedback_id, {names['decision_votes']} FROM decision_votes t "
-            f"WHERE t.{new} t.feedback_id",
-            "outbox": f"'', {names['outbox']} FROM outbox t WHERE t.id > {self._outbox} ORDER BY t.id",
-        }
-        rows = {table: self._query(f"SELECT {sql}") for table, sql in found.items()}
-        self._outbox = max((row[1] for row in rows["outbox"]), default=self._outbox)
+        """What the inbox held of the votes since the last call. They are recorded by now, with all that it held."""
+        columns = ", ".join("''" if name == "traceparent" else name for name in _INBOX)
+        rows = self._query(f"SELECT {columns} FROM feedback WHERE feedback_id > '{self._last}' ORDER BY feedback_id")
+        self._last = rows[-1][0] if rows else self._last
         return rows
 
-    def _columns(self, table: str, service: Service) -> list[str]:
-        sql = f"SELECT name FROM pragma_table_info('{table}')"
-        if service.postgres is not None:
-            sql = (
-                "SELECT column_name FROM information_schema.columns "
-                f"WHERE table_name = '{table}' ORDER BY ordinal_position"
-            )
-        return [name for (name,) in self._query(sql)]
+    def curated(self, rows: Rows) -> float:
+        """Of these, how many were recorded a second: from the first one's coming to the last event of any."""
+        first = min(row[_INBOX.index("received_at")] for row in rows)
+        [[last]] = self._query("SELECT max(created_at) FROM outbox")
+        return float(len(rows) / ((last - first) / 1e6))
 
 
 def _psycopg(conninfo: str) -> Any:
@@ -210,7 +206,6 @@ class Bench:
     ratios: Mapping[str, Ratio]
     echo_address: str = ""
     rate: float = 0.0
-    rows: Rows = field(default_factory=dict)
 
     def acknowledge(self) -> None:
         """The rate of acknowledgements, then the same rows without all that."""
@@ -220,12 +215,14 @@ class Bench:
         self.rate, _ = send(self.service.process.address, SUBMIT, file)
         writes_after, commits_after = self.service.commit_size()
         size = max(1, round((writes_after - writes) / (commits_after - commits)))
-        self.rows = self.written.rows()
-        work = list(groups(self.rows, size))
+        self.service.until_recorded()
+        rows = self.written.rows()
+        self.ratios["curated"].add(self.written.curated(rows), self.rate)
+        work = list(groups(rows, size))
         began = time.perf_counter()
         for group in work:
             self.written.plain.commit(group)
-        self.ratios["bare"].add(self.rate, len(self.rows["feedback"]) / (time.perf_counter() - began))
+        self.ratios["bare"].add(self.rate, len(rows) / (time.perf_counter() - began))
         if self.echo_address:
             self.ratios["echo"].add(self.rate, send(self.echo_address, ECHO, file)[0])
 
@@ -235,6 +232,7 @@ class Bench:
         count = min(self.count, max(200, int(rate * 5)))
         self.written.rows()
         _, latencies = send(self.service.process.address, SUBMIT, self.service.requests(count), rate)
+        self.service.until_recorded()
         commits = []
         for group in groups(self.written.rows(), 1):
             began = time.perf_counter()
@@ -248,6 +246,7 @@ class Bench:
         broker.start()
         rate, _ = send(self.service.process.address, SUBMIT, self.service.requests(self.count))
         self.ratios["relaying"].add(rate, self.rate)
+        self.service.until_recorded()
         self._until_published()
         broker.kill()
         broker.start()
@@ -313,6 +312,7 @@ def measure(database: str, count: int, runs: int) -> list[Ratio]:
         "bare": Ratio(f"ack_vs_bare_{database}", "acks/s", Target(least=0.5)),
         "echo": Ratio("ack_vs_echo", "acks/s", Target(least=0.6)),
         "latency": Ratio("ack_p99_vs_commit", "ms", Target(most=3.0)),
+        "curated": Ratio(f"curated_vs_acked_{database}", "votes/s"),
         "relaying": Ratio("ack_while_relaying", "acks/s"),
         "relay": Ratio("relay_vs_bare", "events/s", Target(least=0.9)),
     }
@@ -347,9 +347,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench-collector", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--votes", type=int, default=3_000, help="a round (default %(default)s)")
+    parser.add_argument("--database", choices=["sqlite", "postgres", "both"], default="both")
+    parser.add_argument("--no-curation", action="store_true", help="leave out bench.curation, which takes minutes")
     given = parser.parse_args()
-    ratios = [ratio for name in ("sqlite", "postgres") for ratio in measure(name, given.votes, given.rounds)]
-    report("collector", ratios, given.rounds, also=curation())
+    databases = ["sqlite", "postgres"] if given.database == "both" else [given.database]
+    ratios = [ratio for name in databases for ratio in measure(name, given.votes, given.rounds)]
+    report("collector", ratios, given.rounds, also={} if given.no_curation else curation())
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ import asyncio
 import contextlib
 import sqlite3
 import time
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +21,7 @@ from thumbwheel.stream.kafka_client import MAX_MESSAGE_BYTES, client, kafka
 from thumbwheel.v1.preference_pb2 import SubmitFeedbackRequest
 
 ECHO = "/echo.Echo/Echo"
-TABLES = ("feedback", "feedback_generations", "decisions", "decision_votes", "outbox")
-
-Rows = dict[str, list[tuple[Any, ...]]]
+Rows = Sequence[tuple[Any, ...]]
 
 
 async def echo() -> None:
@@ -43,56 +40,33 @@ async def echo() -> None:
     await server.wait_for_termination()
 
 
-class Group(NamedTuple):
-    """What one commit holds: rows by table."""
-
-    rows: Rows
-
-
-def groups(rows: Rows, size: int) -> Iterator[Group]:
-    """The rows, each behind its feedback, in commits of `size` submissions each; those of the outbox in proportion."""
-    ids = [row[0] for row in rows["feedback"]]
-    keys = {table: [row[0] for row in rows[table]] for table in TABLES if table != "outbox"}
-    events = len(rows["outbox"])
-    for start in range(0, len(ids), size):
-        end = min(start + size, len(ids))
-        ends = {table: (bisect_left(of, ids[start]), bisect_right(of, ids[end - 1])) for table, of in keys.items()}
-        ends["outbox"] = events * start // len(ids), events * end // len(ids)
-        yield Group({table: [row[1:] for row in rows[table][low:high]] for table, (low, high) in ends.items()})
+def groups(rows: Rows, size: int) -> Iterator[Rows]:
+    """The rows, as many as one commit holds at a time."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 class Plain:
-    """Inserts rows through a driver: SQLite as the collector sets it, or PostgreSQL. No lookups, no library above."""
+    """Inserts rows of the inbox by a driver: SQLite as the collector sets it, or PostgreSQL. No lookups, no library."""
 
-    def __init__(self, target: Path | str, columns: Mapping[str, Sequence[str]]) -> None:
+    def __init__(self, target: Path | str, columns: Sequence[str]) -> None:
         self._connection: Any
         if isinstance(target, Path):
-            self._connection, mark = sqlite3.connect(target, isolation_level=None), "?"
-            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            self._connection, table, mark = sqlite3.connect(target, isolation_level=None), "inbox", "?"
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON"):
                 self._connection.execute(f"PRAGMA {pragma}").close()
             self._begin = "BEGIN IMMEDIATE"
         else:
-            self._connection, mark = psycopg.connect(target, autocommit=True), "%s"
+            self._connection, table, mark = psycopg.connect(target, autocommit=True), "door.inbox", "%s"
             self._begin = "BEGIN"
-        self._inserts = {
-            table: f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join([mark] * len(names))})"
-            for table, names in columns.items()
-        }
+        self._insert = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join([mark] * len(columns))})"
 
-    def commit(self, group: Group) -> float:
-        """Makes a group durable. Returns the seconds that the commit itself took."""
+    def commit(self, rows: Rows) -> None:
+        """Makes a group durable."""
         with contextlib.closing(self._connection.cursor()) as cursor:
             cursor.execute(self._begin)
-            for table in TABLES:
-                cursor.executemany(self._inserts[table], group.rows[table])
-            began = time.perf_counter()
+            cursor.executemany(self._insert, rows)
             cursor.execute("COMMIT")
-            return time.perf_counter() - began
-
-    def clear(self) -> None:
-        """Empties the tables."""
-        for table in reversed(TABLES):
-            self._connection.execute(f"DELETE FROM {table}")
 
     def close(self) -> None:
         """Lets go."""
