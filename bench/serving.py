@@ -45,7 +45,7 @@ from thumbwheel.stream import open_log, topics
 from thumbwheel.stream.broker import EmbeddedBroker
 from thumbwheel.tls import ClientTls
 
-CONCURRENCY = {1: 160, 4: 160, 16: 96}
+CONCURRENCY = {1: 96, 4: 96, 16: 64}
 """How many at once, and the tokens of each."""
 MOST, BURST_TOKENS, BURSTS = 16, 32, 4
 PEAK, OVERLOAD, OVERLOAD_TOKENS = 64, 4.0, 32

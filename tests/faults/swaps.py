@@ -204,13 +204,18 @@ async def sound(world: World, chosen: int) -> None:
 
 
 async def by_delta(world: World, chosen: int) -> None:
-    """With a delta against what is live, and without the full weights: only the delta can be it."""
+    """With a delta against what is live, and without the full weights until it is: only the delta can be it."""
     parent = (await world.client.policy()).version
     manifest = world.publish(world.weights[chosen].folder, world.weights[chosen].probe, parent=parent)
     digest = world.deployment.store.load(manifest.version).manifest_sha256
-    (world.deployment.home / "store" / manifest.version / "model.safetensors").unlink()
+    whole, aside = (
+        world.deployment.home / "store" / manifest.version / "model.safetensors",
+        world.deployment.home / "aside",
+    )
+    whole.rename(aside)
     world.announce(manifest, digest)
     await world.is_live(manifest.version)
+    aside.rename(whole)  # the next one may be a delta against it
     world.live = chosen
 
 
