@@ -55,9 +55,8 @@ class Engine:
             from services.executor import RestingExecutor
 
             kwargs["distributed_executor_backend"] = RestingExecutor
-            if pooling:
-                # Candidates share their prompt by whole blocks: small ones share more of it than a CPU's usual 128.
-                kwargs["block_size"] = 32
+            # Candidates share their prompt by whole blocks: small ones share more of it than a CPU's usual 128.
+            kwargs["block_size"] = 32
         args = AsyncEngineArgs(
             model=str(version.path),
             dtype="bfloat16",
