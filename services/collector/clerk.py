@@ -36,6 +36,8 @@ TURN_SECONDS = 60.0
 """Longest that a turn may take; the first one starts the process, and with it opens the database."""
 _CLOSE_SECONDS = 10.0
 _OTHERS_SECONDS = 5.0
+_GATHER_SECONDS = 0.05
+"""A turn of one row takes nearly as long as one of many: so long they gather, where nobody waits for them."""
 _LOOK_SECONDS = 0.25
 """How often to look whether another collector on this database has recorded what is waited for."""
 
@@ -141,6 +143,7 @@ class Clerk:
         self._hand = hand
         self._committed = committed
         self._wake = asyncio.Event()
+        self._hurry = asyncio.Event()
         self._turned = asyncio.Condition()
         self._pause = Pause(longest_pause)
 
@@ -153,17 +156,18 @@ class Clerk:
         try:
             while True:
                 self._wake.clear()
+                self._hurry.clear()
                 try:
-                    while (await self._turn()).ids:
+                    while len((await self._turn()).ids) == AT_ONCE:
                         self._pause.reset()
                 except RETRIED as error:
                     logger.warning("recording waits", extra={"error": str(error), "seconds": self._pause.seconds})
                     await self._pause.wait()
                     continue
+                self._pause.reset()
                 # What another collector acknowledged that has ended since is recorded, too.
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_OTHERS_SECONDS):
-                        await self._wake.wait()
+                await _set_within(self._wake, _OTHERS_SECONDS)
+                await _set_within(self._hurry, _GATHER_SECONDS)
         finally:
             await asyncio.to_thread(self._hand.close)
 
@@ -175,7 +179,8 @@ class Clerk:
         try:
             async with asyncio.timeout(timeout):
                 while await self._database.read(waits):
-                    self.wake()
+                    self._hurry.set()
+                    self._wake.set()
                     await self._turn_ends()
         except TimeoutError:
             raise errors.DeadlineExceeded(
@@ -201,3 +206,10 @@ class Clerk:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LOOK_SECONDS), self._turned:
                 await self._turned.wait()
+
+
+async def _set_within(event: asyncio.Event, seconds: float) -> None:
+    """Returns when the event is set, and after so long at the latest."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

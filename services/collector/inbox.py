@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -38,9 +39,6 @@ class Waiting(NamedTuple):
 
 
 _NEW = Waiting._fields[:-1]
-# For the driver: what SQLAlchemy adds to each value takes longer than writing it.
-_PUT = f"INSERT INTO door.inbox ({', '.join(_NEW)}) VALUES ({', '.join(['%s'] * len(_NEW))})"
-_PUTS = {"postgresql": _PUT, "sqlite": _PUT.replace("%s", "?")}
 _OLDEST = text(f"SELECT {', '.join(Waiting._fields)} FROM door.inbox WHERE seq > :after ORDER BY seq LIMIT :limit")
 # Not by their numbers: once it is empty, SQLite gives them out again.
 _DROP = "DELETE FROM door.inbox WHERE feedback_id IN (:many)"
@@ -49,7 +47,19 @@ _DROP = "DELETE FROM door.inbox WHERE feedback_id IN (:many)"
 def put(connection: Connection, rows: Sequence[Waiting]) -> None:
     """Puts rows in, in their order."""
     if rows:
-        connection.exec_driver_sql(_PUTS[connection.dialect.name], [row[:-1] for row in rows]).close()
+        mark = "?" if connection.dialect.name == "sqlite" else "%s"
+        values = tuple([value for row in rows for value in row[:-1]])
+        connection.exec_driver_sql(_put(len(rows), mark), values).close()
+
+
+@functools.lru_cache(maxsize=512)
+def _put(count: int, mark: str) -> str:
+    """The statement for so many rows. One for all, and for the driver as it is: SQLite's lets go of the interpreter at
+    each row, and in a busy server waits to have it again; and what SQLAlchemy adds to each value takes longer than
+    writing it.
+    """
+    row = f"({', '.join([mark] * len(_NEW))})"
+    return f"INSERT INTO door.inbox ({', '.join(_NEW)}) VALUES {', '.join([row] * count)}"
 
 
 def oldest(connection: Connection, limit: int, after: int = 0) -> list[Waiting]:

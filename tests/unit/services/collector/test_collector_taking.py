@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection
 
+from services.collector import clerk as clerks
 from services.collector import inbox, intake, outbox, tables
 from services.collector.acknowledge import Acknowledged, Incoming, acknowledge
 from services.collector.clerk import Clerk, Process
@@ -228,6 +229,22 @@ async def test_a_process_records_and_is_started_again_when_it_dies(
     await asyncio.wait([working])
     assert working.cancelled(), working.exception()
     assert hand.pid is None, "it ends with the clerk"
+
+
+async def test_who_waits_for_what_gathers_does_not_wait_until_it_has(
+    database: Database, deployment: Deployment, door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clerks, "_GATHER_SECONDS", 60.0)
+    clerk = Clerk(database, door, Taking(database, Rules()), lambda: None, 0.05)
+    working = asyncio.create_task(clerk.run())
+    for _ in range(2):
+        submission = Checker(deployment.key, 1_000).check(parts.comment(deployment.generation(), "x"), tenant="default")
+        made = await door.admit(Incoming(submission))
+        clerk.wake()
+        await clerk.settled(partial(inbox.holds, tenant="default", feedback_id=made.feedback_id), 10.0)
+    assert len(recorded(database)) == 2
+    working.cancel()
+    await asyncio.wait([working])
 
 
 async def test_a_process_that_cannot_start_says_so(tmp_path: Path) -> None:

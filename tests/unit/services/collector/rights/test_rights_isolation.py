@@ -124,6 +124,7 @@ async def test_no_call_shows_or_touches_another_tenants_data(
     forgotten = await stub.Forget(request("Forget", user_id="ann"), metadata=MINE)
     assert (forgotten.feedback_erased, forgotten.generations_erased) == (0, 0)
     # It is all there still, for them.
+    await parts.eventually(partial(database.read, outbox.levels), lambda levels: levels.unrecorded == 0)
     [record] = (
         await stub.GetFeedback(request("GetFeedback", feedback_ids=[held.feedback_id]), metadata=THEIRS)
     ).records
