@@ -51,6 +51,9 @@ class SwapSettings(ServerSettings):
 class EngineSettings(SwapSettings):
     """A process that serves a model with vLLM."""
 
+    serve_version: str = ""
+    """Serve this version for good, as a reference does; empty: the newest that verifies, and those announced later."""
+
     max_model_len: int = Field(default=2048, ge=32)
     """Longest prompt plus response, in tokens."""
 

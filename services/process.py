@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from services.config import EngineSettings
 from services.engine import Engine
 from services.prompts import PromptEncoder
-from services.versions import Follower, newest_verified
+from services.versions import Follower, newest_verified, pinned
 from thumbwheel import serving
 from thumbwheel.access import Security
 from thumbwheel.auth import ManifestVerifier
@@ -49,13 +49,14 @@ class Model:
     ) -> None:
         """Serves `service`, a full gRPC name, until SIGTERM. See `serving.serve`."""
         settings = self.settings
+        news = {} if settings.serve_version else {"follower": self.follower.run}
         await serving.serve(
             process=self.process,
             listen=settings.listen,
             metrics_port=settings.metrics_port,
             services=[service],
             register=register,
-            background={"follower": self.follower.run, "engine": self.engine.watch, **(background or {})},
+            background={**news, "engine": self.engine.watch, **(background or {})},
             drained=drained,
             drain_seconds=settings.drain_seconds,
             security=self.security,
@@ -76,7 +77,10 @@ async def running(settings: EngineSettings, role: ModelRole.ValueType, *, proces
     store = LocalStore(settings.store_path, ManifestVerifier.load(settings.keys_path))
     held = HeldVersions(settings.held_path(process), store)
     fetch_seconds = settings.swap_fetch_seconds
-    version = await asyncio.to_thread(newest_verified, store, held, role, process=process, timeout=fetch_seconds)
+    if settings.serve_version:
+        version = await asyncio.to_thread(pinned, held, role, settings.serve_version, timeout=fetch_seconds)
+    else:
+        version = await asyncio.to_thread(newest_verified, store, held, role, process=process, timeout=fetch_seconds)
     engine = await Engine.start(version, settings, pooling=role == ModelRole.MODEL_ROLE_REWARD)
     log = open_log(settings.bootstrap_servers, settings.kafka_tls)
     try:

@@ -62,6 +62,18 @@ def newest_verified(
     )
 
 
+def pinned(held: HeldVersions, role: ModelRole.ValueType, version: str, *, timeout: float) -> VerifiedVersion:
+    """The one version that a server is to serve for good. Raises `errors.InvalidArgument` for one of another role, and
+    what `HeldVersions.fetch` raises.
+    """
+    found = held.fetch(version, timeout=timeout)
+    if found.manifest.role != role:
+        raise errors.InvalidArgument(
+            f"is {version}, which is for another role.", field="serve_version", remedy="See `thumbwheel versions`."
+        )
+    return found
+
+
 class Follower:
     """Swaps `engine` to the version of `role` that is to be served. `run` is a background task."""
 

@@ -153,7 +153,7 @@ def free_port() -> int:
 
 def free_base_port() -> int:
     """As `free_port`, for all the ports above it that a stack needs."""
-    return _free(range(20_000, 32_000, 100), (1, 2, 3, 4, 9, 51, 52, 53, 54, 55))
+    return _free(range(20_000, 32_000, 100), (1, 2, 3, 4, 5, 9, 13, 51, 52, 53, 54, 55, 56))
 
 
 def _free(choices: Sequence[int], offsets: Sequence[int]) -> int:

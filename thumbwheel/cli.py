@@ -100,6 +100,9 @@ def up(
     base_port: Annotated[int | None, typer.Option(help="The parts listen on ports above it.")] = None,
     kafka: Annotated[str | None, typer.Option(help="Kafka brokers, host:port; left out: the embedded broker.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model: a Hugging Face id or a local folder.")] = None,
+    reference: Annotated[
+        bool | None, typer.Option("--reference", help="Serve the reference policy too, and tell scores over it.")
+    ] = None,
 ) -> None:
     """Start every part on this machine, and stop them all on Ctrl-C.
 
@@ -107,7 +110,7 @@ def up(
     """
     from thumbwheel.stack import Stack
 
-    settings = _settings(home, base_port=base_port, kafka=kafka, model=model)
+    settings = _settings(home, base_port=base_port, kafka=kafka, model=model, serve_reference=reference)
 
     async def main(settings: StackSettings) -> None:
         from rich.console import Console

@@ -1,7 +1,7 @@
 """All parts on one machine: started in order, waited for, watched, and stopped together.
 
     keys → broker ─┐
-    base model → version 0 ─┴→ collector · policy · reward · trainer → every one SERVING
+    base model → version 0 ─┴→ collector · policy · reward (· reference) · trainer → every one SERVING
 
 A part is a process of its own, in a session of its own, logging to a file. When one dies the rest are stopped, and the
 error says which, why, and where its log is.
@@ -34,6 +34,8 @@ _PR_SET_PDEATHSIG = 1
 _LOG_TAIL_BYTES = 16_384
 _KILL_SECONDS = 10.0
 STATE_FILE = "up.json"
+REFERENCE = "policy-000000"
+"""The version that the reference serves."""
 
 Progress = Callable[[str], None]
 
@@ -42,8 +44,8 @@ class StackSettings(Settings):
     """Runs every part on this machine."""
 
     base_port: int = Field(default=50050, ge=1024, le=65000)
-    """Policy, reward, collector and trainer listen on the four ports after it, the embedded broker on the ninth, the
-    collector's control plane on the thirteenth, and their metrics on ports 51 and up above it."""
+    """Policy, reward, collector, trainer and reference listen on the five ports after it, the embedded broker on the
+    ninth, the collector's control plane on the thirteenth, and their metrics on ports 51 and up above it."""
 
     host: str = "127.0.0.1"
     """Address that all parts listen on."""
@@ -54,6 +56,10 @@ class StackSettings(Settings):
     model: str = ""
     """Base model: a Hugging Face id or a local folder; empty is SmolLM2-135M-Instruct."""
 
+    serve_reference: bool = False
+    """Also serve the reference policy, which is version 0, and tell scores over its response to the same prompt. Takes
+    the memory of a further engine, and each new prompt that is scored is answered by it first."""
+
     start_timeout_seconds: float = Field(default=300.0, gt=0)
     """How long the parts may take to be ready."""
 
@@ -63,10 +69,20 @@ class StackSettings(Settings):
     @property
     def addresses(self) -> Addresses:
         """Where everything listens."""
-        ports = [f"{self.host}:{self.base_port + offset}" for offset in (1, 2, 3, 4, 9, 13)]
-        policy, reward, collector, trainer, broker, control = ports
+        ports = [f"{self.host}:{self.base_port + offset}" for offset in (1, 2, 3, 4, 5, 9, 13)]
+        policy, reward, collector, trainer, reference, broker, control = ports
         kafka, metrics_base = self.kafka or broker, self.base_port + 50
-        return Addresses(policy, reward, collector, control, trainer, kafka, not self.kafka, metrics_base)
+        return Addresses(
+            policy,
+            reward,
+            collector,
+            control,
+            trainer,
+            kafka,
+            not self.kafka,
+            metrics_base,
+            reference if self.serve_reference else "",
+        )
 
     @property
     def logs_path(self) -> Path:
@@ -86,18 +102,26 @@ class Addresses:
     kafka: str
     embedded_broker: bool
     metrics_base: int
+    reference: str = ""
+    """Empty where none is served."""
 
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts that run on this machine: the broker only where it is the embedded one."""
-        return PARTS if self.embedded_broker else PARTS[:-1]
+        there = {"broker": self.embedded_broker, "reference": bool(self.reference)}
+        return tuple(part for part in PARTS if there.get(part, True))
+
+    @property
+    def policies(self) -> str:
+        """All policy servers, as the collector takes them."""
+        return ",".join(filter(None, (self.policy, self.reference)))
 
     def metrics_port(self, part: str) -> int:
         """Port of a part's metrics."""
         return self.metrics_base + 1 + PARTS.index(part)
 
 
-PARTS = ("policy", "reward", "collector", "trainer", "broker")
+PARTS = ("policy", "reward", "collector", "trainer", "broker", "reference")
 
 
 def read_addresses(home: Path) -> Addresses:
@@ -231,13 +255,17 @@ class Stack:
             await self._prepare_versions(common)
             self._progress("starting collector, policy, reward and trainer")
             asking = ["--reward", at.reward]  # what it is unsure of is what people are asked
-            asking += ["--control-listen", at.control, "--policies", at.policy]
+            asking += ["--control-listen", at.control, "--policies", at.policies]
             await self._spawn("collector", ["-m", "services.collector", *asking, *where("collector", at.collector)])
             await self._spawn("policy", ["-m", "services.policy", *where("policy", at.policy)])
-            await self._spawn("reward", ["-m", "services.reward", *where("reward", at.reward)])
+            scoring = ["--reference", at.reference, "--reference-version", REFERENCE] if at.reference else []
+            await self._spawn("reward", ["-m", "services.reward", *scoring, *where("reward", at.reward)])
+            if at.reference:
+                pinned = ["-m", "services.policy", "--serve-version", REFERENCE]
+                await self._spawn("reference", [*pinned, *where("reference", at.reference)])
             serving = ["--policy", at.policy, "--reward", at.reward]  # rollouts come from them
             await self._spawn("trainer", ["-m", "trainer", *serving, *where("trainer", at.trainer)])
-            await self._all_serving({name: getattr(at, name) for name in PARTS[:4]})
+            await self._all_serving({name: getattr(at, name) for name in at.parts if name != "broker"})
         (settings.home / STATE_FILE).write_text(json.dumps(asdict(at), indent=2))
 
     async def _prepare_versions(self, common: Sequence[str]) -> None:
@@ -301,6 +329,8 @@ class Stack:
         wanted["the control plane"] = at.control
         if at.embedded_broker:
             wanted["broker"] = at.kafka
+        if at.reference:
+            wanted["reference"] = at.reference
         wanted |= {f"{part}'s metrics": f"{self.settings.host}:{at.metrics_port(part)}" for part in at.parts}
         for part, address in wanted.items():
             if not is_free(address):

@@ -15,7 +15,7 @@ from services.admission import Admission
 from services.engine import Engine
 from services.prompts import PromptEncoder
 from services.reward.reading import Reading
-from services.reward.reference import Baselines, References, Tokens
+from services.reward.reference import LOOKUPS, Baselines, References, Tokens
 from thumbwheel import errors
 from thumbwheel.v1 import reward_pb2 as pb
 from thumbwheel.v1.policy_pb2 import Prompt
@@ -152,8 +152,14 @@ class RewardService(RewardServiceServicer):
 
     async def _reference(self, item: pb.ScoreItem, prefix: str) -> list[int]:
         """Token ids of prompt and reference response; empty without one."""
-        response = item.reference_response or await self._references.response(item.prompt)
-        return self._encode(item.prompt, response, prefix=prefix, name="reference_response") if response else []
+        if item.reference_response:
+            return self._encode(item.prompt, item.reference_response, prefix=prefix, name="reference_response")
+        response = await self._references.response(item.prompt)
+        try:
+            return self._encode(item.prompt, response, prefix=prefix) if response else []
+        except errors.InvalidArgument:  # too long, of which the caller knows nothing
+            LOOKUPS.labels("too_long").inc()
+            return []
 
     def _encode(self, prompt: Prompt, response: str, *, prefix: str, name: str = "response") -> list[int]:
         return self._encoder.encode_scored(

@@ -27,6 +27,7 @@ COMPARISONS = 12
 ENVIRONMENT = {
     "THUMBWHEEL_LEARN_FROM_CUT": "true",  # every answer is cut here
     "THUMBWHEEL_MAX_MODEL_LEN": "512",
+    "THUMBWHEEL_REFERENCE_MAX_TOKENS": "24",
     "THUMBWHEEL_ROUND_SIZE": str(COMPARISONS),
     "THUMBWHEEL_MAX_WAIT_SECONDS": "600",
     "THUMBWHEEL_POLICY_LEARNING_RATE": "1e-3",
@@ -51,7 +52,11 @@ async def watched(folder: Path, *, trace_endpoint: str = "") -> AsyncIterator[Wa
     """The stack, having been all the way round once, and scraped since before that."""
     model = make_tiny_llama(folder / "tiny", seed=0)
     settings = StackSettings(
-        home=folder / "home", base_port=free_base_port(), model=str(model), trace_endpoint=trace_endpoint
+        home=folder / "home",
+        base_port=free_base_port(),
+        model=str(model),
+        trace_endpoint=trace_endpoint,
+        serve_reference=True,
     )
     at = settings.addresses
     async with Stack.running(settings, environment=ENVIRONMENT) as stack:

@@ -46,6 +46,11 @@ def test_addresses_follow_from_the_base_port() -> None:
     assert (at.policy, at.trainer, at.kafka) == ("127.0.0.1:40001", "127.0.0.1:40004", "127.0.0.1:40009")
     assert at.metrics_port("policy") == 40051
     assert at.parts == ("policy", "reward", "collector", "trainer", "broker")
+    assert (at.reference, at.policies) == ("", at.policy)
+    beside = StackSettings(base_port=40000, serve_reference=True).addresses
+    assert beside.parts == (*at.parts, "reference")
+    assert (beside.reference, beside.metrics_port("reference")) == ("127.0.0.1:40005", 40056)
+    assert beside.policies == "127.0.0.1:40001,127.0.0.1:40005"
     elsewhere = StackSettings(kafka="kafka-1:9092,kafka-2:9092").addresses
     assert elsewhere.kafka == "kafka-1:9092,kafka-2:9092"
     assert "broker" not in elsewhere.parts

@@ -15,7 +15,7 @@ import uuid_utils
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from services import versions
-from services.versions import Follower, newest_verified
+from services.versions import Follower, newest_verified, pinned
 from tests.support import until
 from tests.unit.checkpoints.test_held import WEIGHTS, Home
 from thumbwheel import errors, tracing
@@ -295,3 +295,16 @@ def test_a_server_starts_without_its_store(tmp_path: Path) -> None:
     again.keep_only(())
     with pytest.raises(errors.MissingModel, match="policy has no model to serve"):
         newest_verified(home.store, again, POLICY, process="policy", timeout=10)
+
+
+def test_the_version_that_is_asked_for_is_served_and_no_other(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    for sequence in range(3):
+        home.publish(sequence, with_delta=False)
+    held = home.held()
+    assert pinned(held, POLICY, "policy-000001", timeout=10).manifest.sequence == 1
+    with pytest.raises(errors.InvalidArgument, match=r"serve_version: is policy-000001, which is for another role"):
+        pinned(held, ModelRole.MODEL_ROLE_REWARD, "policy-000001", timeout=10)
+    with pytest.raises(errors.Unavailable, match="policy-000007"):
+        pinned(held, POLICY, "policy-000007", timeout=10)
+    held.close()

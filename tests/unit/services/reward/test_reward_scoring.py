@@ -14,9 +14,11 @@ from services.admission import Admission
 from services.reward.reference import Baselines, References
 from services.reward.service import RewardService
 from services.turnstile import Turnstile
+from thumbwheel import errors
 from thumbwheel.v1.policy_pb2 import Prompt
 from thumbwheel.v1.reward_pb2 import ScoreItem, ScoreRequest, ScoreResponse
 
+LIMIT = 8
 NAMES = ["overall", "ensemble-0", "ensemble-1"]
 
 
@@ -33,6 +35,8 @@ class Encoder:
     """Letters for tokens."""
 
     def encode_scored(self, prompt: Prompt, response: str, **_: object) -> list[int]:
+        if len(response) > LIMIT:
+            raise errors.InvalidArgument("is too long.", field="response")
         return [*prompt.text.encode(), *response.encode()]
 
 
@@ -65,6 +69,18 @@ def scoring(tmp_path: Path) -> Iterator[Scoring]:
     references.close()
 
 
+@pytest.fixture
+def asking(tmp_path: Path) -> Iterator[Scoring]:
+    """The service, with a reference whose answers are long."""
+
+    async def ask(prompt: Prompt) -> str:
+        return "r" * (LIMIT + 1)
+
+    references = References(tmp_path / "r.sqlite", ask, version="policy-000000", capacity=1)
+    yield Scoring(tmp_path, references)
+    references.close()
+
+
 async def score(service: RewardService, *items: tuple[str, str]) -> ScoreResponse:
     asked: Sequence[ScoreItem] = [
         ScoreItem(prompt=Prompt(text="p"), response=response, reference_response=reference)
@@ -88,3 +104,11 @@ async def test_a_reference_is_scored_once_a_version(scoring: Scoring) -> None:
     answer = await score(scoring, ("abcd", "r"))
     assert sorted(scoring.read) == ["pabcd", "pabcd", "pr"]
     assert (answer.version, answer.scores[0].score_over_reference) == ("reward-000002", 3.0)
+
+
+async def test_a_reference_that_does_not_fit_is_done_without_unless_the_caller_brought_it(asking: Scoring) -> None:
+    answer = await score(asking, ("abc", ""))
+    assert answer.scores[0].score == 4.0
+    assert not answer.scores[0].HasField("score_over_reference")
+    with pytest.raises(errors.InvalidArgument, match="too long"):
+        await score(asking, ("abc", "r" * (LIMIT + 1)))
