@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 
 from services.collector import emit, many, outbox, records, standing
-from services.collector.curation import Decision, Reason, State, Vote, curate
+from services.collector.curation import Decision, Reason, Vote, curate
 from services.collector.emit import COMPARISON, THUMB, Sample, Voted
 from services.collector.identity import derived
 from services.collector.records import Recorded
@@ -156,7 +156,7 @@ def _samples(stood: Iterable[Standing], made: dict[str, Decision]) -> dict[str, 
     samples = {}
     for one in stood:
         decision = made[one.vote.feedback_id]
-        if decision.state == State.ACCEPTED and decision.emits:
+        if decision.emits:  # accepted, or a tie
             id, votes = one.sample_id, [decision.feedback_id]
             if decision.partner:
                 id, votes = derived(decision.feedback_id, "pair", decision.partner), [*votes, decision.partner]

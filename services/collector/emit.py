@@ -83,7 +83,8 @@ def accepted(
     event.chosen.CopyFrom(_response(known[sample.chosen]))
     if voted.kind == "comparison":
         vote = voted.body.comparison
-        a_won = vote.preference == Preference.PREFERENCE_A
+        event.tie = vote.preference == Preference.PREFERENCE_TIE
+        a_won = vote.preference == Preference.PREFERENCE_A or event.tie
         event.chosen_shown_first = a_won
         event.aspects.extend(_of_chosen(vote.aspects, a_won))
         if vote.HasField("strength"):

@@ -9,7 +9,7 @@ Weights are counted in whole thousandths, so that sums do not depend on the orde
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import TypeAlias
@@ -66,11 +66,14 @@ def curate(
     decisions: list[Decision] = []
     judgements: list[_Judgement] = []
     thumbs: list[Vote] = []
+    ties: list[Vote] = []
     last, superseded = _last_of_each(votes)
     decisions.extend(Decision(vote.feedback_id, State.APART, Reason.SUPERSEDED) for vote in superseded)
     for vote in last:
         verdict = _standing(vote, raters, settings, overrides) or _too_little(vote)
-        if verdict is not None:
+        if verdict is not None and verdict[1] is Reason.TIE and settings.publish_ties and _differ(vote):
+            ties.append(vote)
+        elif verdict is not None:
             decisions.append(Decision(vote.feedback_id, *verdict))
         elif vote.b is None:
             thumbs.append(vote)
@@ -89,6 +92,7 @@ def curate(
             weight = _thousandths(raters[vote.rater].weight)
             decisions.append(Decision(vote.feedback_id, State.RECORDED, Reason.UNPAIRED_THUMB, weight / _UNIT))
     decisions.extend(_resolve(judgements, settings))
+    decisions.extend(_ties(ties, raters, settings))
     decisions.sort(key=lambda decision: decision.feedback_id)
     return decisions
 
@@ -151,6 +155,26 @@ def _too_little(vote: Vote) -> tuple[State, Reason] | None:
     if winner is not None and winner.cut:
         return State.APART, Reason.CUT
     return None
+
+
+def _differ(vote: Vote) -> bool:
+    """Whether there are two responses that can be told apart."""
+    return vote.b is not None and vote.a.sha256 != vote.b.sha256 and not vote.a.empty and not vote.b.empty
+
+
+def _ties(ties: list[Vote], raters: Raters, settings: CurationSettings) -> Iterator[Decision]:
+    """Kept apart from what is preferred, and emitted as what they are, as many as there may be comparisons."""
+    ties.sort(
+        key=lambda vote: sha256(f"{vote.rater.tenant}\t{vote.rater.user_id}\n{vote.feedback_id}".encode()).digest()
+    )
+    for place, vote in enumerate(ties):
+        assert vote.b is not None
+        if place >= settings.group_votes:
+            yield Decision(vote.feedback_id, State.APART, Reason.TIE)
+            continue
+        weight = _thousandths(raters[vote.rater].weight) / _UNIT
+        responses = vote.a.generation_id, vote.b.generation_id
+        yield Decision(vote.feedback_id, State.APART, Reason.TIE, weight, *responses, "", emits=True)
 
 
 def _resolve(judgements: list[_Judgement], settings: CurationSettings) -> list[Decision]:

@@ -25,6 +25,10 @@ class CurationSettings(BaseModel):
     group_votes: int = Field(default=256, ge=1)
     """Most comparisons that are accepted on one prompt and its duplicates."""
 
+    publish_ties: bool = False
+    """Publish ties as comparisons that say so, for a reward model that learns from them (the trainer's `--ties`). All
+    trainers must be of a release that knows them."""
+
     burst_votes_per_minute: int = Field(default=20, ge=1)
     """Votes within a clock minute up to which nobody is too fast."""
 

@@ -104,13 +104,13 @@ class Decision:
     state: State
     reason: Reason
     weight: float = 0.0
-    """Weight in the loss, above 0 to 1 in thousandths, of what is accepted and of unpaired thumbs; else 0."""
+    """Weight in the loss, above 0 to 1 in thousandths, of what is emitted, paired thumbs included; else 0."""
 
     chosen: str = ""
-    """Generation id of the better response, where it is accepted."""
+    """Generation id of the better response, where it is accepted; of a tie that is emitted, the one shown first."""
 
     rejected: str = ""
-    """Generation id of the worse response, where it is accepted."""
+    """Generation id of the worse response, where it is accepted; of a tie that is emitted, the other one."""
 
     partner: str = ""
     """For paired thumbs: the feedback id of the other thumb."""

@@ -2,7 +2,8 @@
 
 accepted events of the outbox, page by page ──▶ redacted ──▶ rendered ──▶ FILE.part and FILE.ids ──▶ FILE
 
-A row that was retracted, or whose weight changed since, is written once or not at all, as it last stood.
+A row that was retracted, or whose weight changed since, is written once or not at all, as it last stood. Ties are left
+out: the formats know none.
 """
 
 from __future__ import annotations
@@ -150,6 +151,8 @@ async def _accepted(
         if not page:
             return
         for number, event in page:
+            if isinstance(event, ComparisonEvent) and event.tie:
+                continue
             if event.tenant == tenant and stands.get(_id(event)) == number:
                 yield _id(event), event
         after, seen = page[-1][0], seen + len(page)

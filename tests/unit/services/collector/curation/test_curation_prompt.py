@@ -277,6 +277,9 @@ def test_the_page_on_curation_lists_every_reason_and_every_setting() -> None:
     page = (Path(__file__).parents[5] / "docs" / "curation.md").read_text()
     cells = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
     reasons = {code.strip("`"): text for code, _, text in cells[: len(Reason)]}
-    defaults = {name.strip("`"): float(default.replace(",", "")) for name, default, _ in cells[len(Reason) :]}
+    said = {name.strip("`"): default.replace(",", "") for name, default, _ in cells[len(Reason) :]}
+    defaults = {
+        name: default == "yes" if default in ("yes", "no") else float(default) for name, default in said.items()
+    }
     assert reasons == {reason.value: reason.explanation for reason in Reason}
     assert defaults == {name: field.default for name, field in CurationSettings.model_fields.items()}
