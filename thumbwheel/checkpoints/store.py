@@ -165,11 +165,15 @@ class LocalStore:
         outer = self.root / _STAGING / str(uuid7())
         while True:
             outer.mkdir(parents=True)
-            descriptor = os.open(outer, os.O_RDONLY)
+            # Until it is locked, another publisher may take it for what a dead one has left, and clear it away.
+            try:
+                descriptor = os.open(outer, os.O_RDONLY)
+            except FileNotFoundError:
+                continue
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits at most while another removes this empty folder
             if outer.exists():
                 break
-            os.close(descriptor)  # another publisher cleared it away between mkdir and flock
+            os.close(descriptor)
         try:
             folder = outer / version
             folder.mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -13,6 +14,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +108,30 @@ def test_of_two_publishers_at_once_one_wins_and_both_return_it(store: LocalStore
         results = list(pool.map(publish, [1.0, 2.0, 3.0, 4.0]))
     assert all(r == results[0] for r in results)
     assert store.load("policy-000001").manifest == results[0]
+    assert listing(store.root / ".staging") == []
+
+
+@pytest.mark.parametrize("before", ["open", "flock"])
+def test_a_staging_that_another_publisher_clears_away_is_made_again(
+    store: LocalStore, signer: ManifestSigner, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """Between making it and locking it, it looks like what a dead publisher has left."""
+    module = os if before == "open" else fcntl
+    original = getattr(module, before)
+    cleared: list[Path] = []
+
+    def after_another(*args: Any, **kwargs: Any) -> Any:
+        if not cleared:
+            cleared.extend((store.root / ".staging").iterdir())
+            for folder in cleared:
+                folder.rmdir()
+        return original(*args, **kwargs)
+
+    (store.root / ".staging").mkdir(parents=True)
+    monkeypatch.setattr(store, "_remove_dead_stagings", lambda: monkeypatch.setattr(module, before, after_another))
+    published = store.publish(a_manifest(), writer(1.0), signer)
+    assert len(cleared) == 1
+    assert store.load("policy-000001").manifest == published
     assert listing(store.root / ".staging") == []
 
 
@@ -335,6 +361,7 @@ def test_what_a_killed_publisher_left_is_removed_and_a_living_ones_is_not(
     program = """
 import os, signal, sys
 from pathlib import Path
+from typing import Any
 from thumbwheel.auth import ManifestSigner, ManifestVerifier
 from thumbwheel.checkpoints.store import LocalStore
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, ModelRole
