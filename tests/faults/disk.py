@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from services.collector.sqlite import inbox_path
 from tests.faults.checker import Verdict
 from tests.faults.cluster import Cluster, cluster
 from tests.faults.collector import settled, voting
@@ -27,7 +28,7 @@ from tests.faults.load import Load
 IN_A_NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
 NO_SPACE = "FAILED_PRECONDITION: The collector cannot write to its database"
 TOO_LONG = "DEADLINE_EXCEEDED: The database took longer than 0.3 s. Send it again with the same key"
-TOO_MANY = "RESOURCE_EXHAUSTED: 4 writes wait for the database."
+TOO_MANY = "RESOURCE_EXHAUSTED: 4 submissions wait for the database."
 _SECONDS = 60.0
 _SLOW = ("--write-timeout-seconds", "0.3", "--max-pending-writes", "4")
 
@@ -74,7 +75,8 @@ def _stalled(made: Cluster) -> Iterator[None]:
         finally:
             made.postgres.signal(signal.SIGCONT)
         return
-    with contextlib.closing(sqlite3.connect(made.file, timeout=_SECONDS, isolation_level=None)) as other:
+    inbox = inbox_path(made.file)
+    with contextlib.closing(sqlite3.connect(inbox, timeout=_SECONDS, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         yield
         other.execute("ROLLBACK")
