@@ -56,9 +56,9 @@ class Engine:
 
             kwargs["distributed_executor_backend"] = RestingExecutor
             if pooling:
-                # Candidates share their prompt by whole blocks: small ones share more of it than a CPU's usual 128. What
-                # is taken from a cache rounds otherwise than what is computed, so those that generate keep the usual
-                # ones: the same seed is to give the same tokens.
+                # Candidates share their prompt by whole blocks: small ones share more of it than a CPU's usual 128.
+                # What is taken from a cache rounds otherwise than what is computed, so engines that generate keep the
+                # usual ones: the same seed is to give the same tokens.
                 kwargs["block_size"] = 32
         args = AsyncEngineArgs(
             model=str(version.path),
