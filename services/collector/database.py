@@ -29,7 +29,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, ProgrammingError
 
 from services.collector import sqlite
-from services.collector.faults import translate
+from services.collector.faults import require_room, too_long, translate
 from services.collector.sqlite import READS, WRITES_BOTH, WRITES_INBOX, WRITES_RECORD
 from thumbwheel import errors
 
@@ -202,14 +202,7 @@ class Database:
         self._engine.dispose()
 
     def _admit(self) -> None:
-        if self._closed:
-            raise errors.Unavailable("The collector is stopping.", remedy="Send it again.")
-        if self._queue.qsize() >= self._max_pending:
-            raise errors.ResourceExhausted(
-                f"{self._max_pending} writes wait for the database.",
-                retry_after=1.0,
-                remedy="Send it again in a second, with the same key.",
-            )
+        require_room(self._queue.qsize(), self._max_pending, "writes", closed=self._closed)
 
     def _enqueue(self, work: Callable[..., T], *, alone: bool = False) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
@@ -222,10 +215,7 @@ class Database:
             async with asyncio.timeout(self._timeout):
                 return await future
         except TimeoutError:
-            raise errors.DeadlineExceeded(
-                f"The database took longer than {self._timeout:g} s.",
-                remedy="Send it again with the same key; see whether the disk is overloaded.",
-            ) from None
+            raise too_long(self._timeout) from None
 
     def _translate(self, error: DBAPIError | OSError) -> errors.ThumbwheelError:
         return translate(error, self._url)

@@ -21,7 +21,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from services.collector import inbox, metrics
 from services.collector.acknowledge import Acknowledged, Incoming, acknowledge
 from services.collector.database import Database
-from thumbwheel import errors
+from services.collector.faults import require_room, too_long
 
 T = TypeVar("T")
 
@@ -83,14 +83,7 @@ class Door:
         `errors.Unavailable`, `errors.ResourceExhausted` where too many wait, and `errors.DeadlineExceeded`, after which
         it may still come in.
         """
-        if self._closed:
-            raise errors.Unavailable("The collector is stopping.", remedy="Send it again.")
-        if self._queue.qsize() >= self._max_pending:
-            raise errors.ResourceExhausted(
-                f"{self._max_pending} submissions wait for the database.",
-                retry_after=1.0,
-                remedy="Send it again in a second, with the same key.",
-            )
+        require_room(self._queue.qsize(), self._max_pending, "submissions", closed=self._closed)
         future: asyncio.Future[Acknowledged] = self._loop.create_future()
         return await self._wait(_Admission(incoming, future, time.perf_counter()), future)
 
@@ -117,12 +110,7 @@ class Door:
 
     def _expire(self, future: asyncio.Future[Any]) -> None:
         if not future.done():
-            future.set_exception(
-                errors.DeadlineExceeded(
-                    f"The database took longer than {self._timeout:g} s.",
-                    remedy="Send it again with the same key; see whether the disk is overloaded.",
-                )
-            )
+            future.set_exception(too_long(self._timeout))
 
     def _run(self) -> None:
         stop = False

@@ -16,6 +16,26 @@ _FULL_DISK_BYTES = 1 << 20
 _SQLSTATE_DISK_FULL = "53100"
 
 
+def require_room(waiting: int, most: int, what: str, *, closed: bool) -> None:
+    """Raises where a queue for the database, of at most `most` of `what`, takes nothing more."""
+    if closed:
+        raise errors.Unavailable("The collector is stopping.", remedy="Send it again.")
+    if waiting >= most:
+        raise errors.ResourceExhausted(
+            f"{most} {what} wait for the database.",
+            retry_after=1.0,
+            remedy="Send it again in a second, with the same key.",
+        )
+
+
+def too_long(seconds: float) -> errors.DeadlineExceeded:
+    """What whoever has waited so long is told."""
+    return errors.DeadlineExceeded(
+        f"The database took longer than {seconds:g} s.",
+        remedy="Send it again with the same key; see whether the disk is overloaded.",
+    )
+
+
 def translate(error: DBAPIError | OSError, url: URL) -> errors.ThumbwheelError:
     """The error to raise for a fault of the database at `url`."""
     where = url.render_as_string(hide_password=True) if url.get_backend_name() != "sqlite" else str(url.database)
