@@ -1,31 +1,40 @@
-"""Runs inside vLLM's engine process: how it waits for its workers (0.32)."""
+"""Runs inside vLLM's engine and worker processes on CPUs: how they wait for each other (0.32)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import time
+from typing import Any
 
+from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-LONGEST_SLEEP_MS = 1
+BUSY_MS, IDLE_MS = 1, 20
+"""Longest sleeps in the first second after something came, and later. Notifications are dropped now and then."""
+
+_wait_for_notification = SpinCondition.wait
+
+
+def rest() -> None:
+    """Has this process wait for the others asleep.
+
+    vLLM looks again and again, yielding, for a second after the last message: a whole core, for as long as there is
+    anything to do. On a CPU, others need that core: what computes meanwhile, what hands out the tokens, another engine.
+    And Linux 6.18 was seen to let whoever yields without end starve all others of its core, for minutes. To be woken
+    costs some 50 µs of a step of 20 ms or more.
+    """
+    SpinCondition.wait = _wait
+
+
+def _wait(condition: Any, timeout_ms: int | None = None) -> None:
+    busy = time.monotonic() < condition.last_read + 1.0
+    longest = BUSY_MS if busy else IDLE_MS
+    condition.busy_loop_s = 0.0
+    _wait_for_notification(condition, timeout_ms=longest if timeout_ms is None else min(longest, timeout_ms))
 
 
 class RestingExecutor(MultiprocExecutor):  # type: ignore[misc]  # vLLM has no types that we follow
-    """Waits for a step's end asleep.
-
-    vLLM's own looks again and again, for up to a second: a whole core, for as long as there is anything to do. On a CPU
-    the workers compute meanwhile, and what hands out the tokens needs that core, or takes its time from the workers. To
-    be woken costs some 50 µs of a step of 20 ms or more.
-    """
+    """Waits for a step's end asleep. The workers do so from `SwapWorker.prepare` on."""
 
     def _init_executor(self) -> None:
+        rest()
         super()._init_executor()
-        for queue in self.response_mqs:
-            condition = queue._spin_condition
-            condition.busy_loop_s = 0.0
-            # vLLM's notifications are dropped now and then: whoever sleeps for long may sleep on.
-            condition.wait = partial(_wait, condition.wait)
-
-
-def _wait(wait: Callable[..., None], timeout_ms: int | None = None) -> None:
-    wait(timeout_ms=LONGEST_SLEEP_MS)

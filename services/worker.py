@@ -119,9 +119,10 @@ class SwapWorker(StagingWorker):
         """What is done once, before the first request."""
         from vllm.platforms import current_platform
 
-        from services import sampler
+        from services import executor, sampler
 
         if current_platform.is_cpu():
+            executor.rest()
             self._keep_seeds()
             sampler.install(self.model_runner)
 

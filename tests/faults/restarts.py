@@ -4,14 +4,18 @@
     turn:    SIGTERM to one; it drains and ends; it starts again, and once it answers, the other's turn comes
     check:   no call fails; each response is whole; each was recorded; no process ends but as it should
 
-The client has both addresses and one policy: nobody tells it which one is away. The last line is JSON.
+The client has both addresses and one policy: nobody tells it which one is away. Users rest between two questions, as
+people do: without, what starts has half a core, and takes twice as long. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
+import os
+import random
 import sys
 import tempfile
 import time
@@ -31,6 +35,8 @@ from thumbwheel.v1.events_pb2 import GenerationEvent
 from thumbwheel.v1.rollout_pb2 import ModelRole
 
 TOKENS = 64
+REST_SECONDS = 1.0
+"""Of a user, on average; and between two rollouts that are asked for."""
 
 
 @dataclass
@@ -67,8 +73,9 @@ class World:
 
     async def user(self, number: int) -> None:
         """Asks one question after the other: streams, or asks whole."""
-        turn = 0
+        turn, dice = 0, random.Random(number)
         while not self.ending.is_set():
+            await asyncio.sleep(dice.expovariate(1 / REST_SECONDS))
             turn += 1
             sampling = pb.SamplingParams(max_tokens=TOKENS, ignore_eos=True, seed=1000 * number + turn)
             try:
@@ -86,13 +93,16 @@ class World:
     async def rollouts(self) -> None:
         """One call in bulk, from beginning to end; what a replica did not answer goes to the other."""
         asked: set[str] = set()
+        numbers = itertools.count()
 
         async def requests() -> AsyncIterator[pb.GenerateBulkRequest]:
             sampling = pb.SamplingParams(max_tokens=TOKENS, ignore_eos=True)
             while not self.ending.is_set():
-                asked.add(str(len(asked)))
+                await asyncio.sleep(REST_SECONDS)
+                name = f"{next(numbers)}"
+                asked.add(name)
                 yield pb.GenerateBulkRequest(
-                    request_id=str(len(asked) - 1), prompt=pb.Prompt(text=f"Rollout {len(asked)}"), sampling=sampling
+                    request_id=name, prompt=pb.Prompt(text=f"Rollout {name}"), sampling=sampling
                 )
 
         try:
@@ -147,8 +157,14 @@ async def run(folder: Path, *, restarts: int, users: int) -> Report:
         log.ensure_topics(topics.topics(partitions=1, replication=1), 30.0)
         arguments = ["--home", str(deployment.home), "--bootstrap-servers", broker.bootstrap_servers]
         arguments += ["--max-model-len", "512"]
-        replicas = [Process("services.policy", arguments, folder / f"policy-{n}.log").start() for n in range(2)]
+        cores = sorted(os.sched_getaffinity(0))
+        replicas = [
+            Process("services.policy", [*arguments, "--cpu-threads-bind", str(core)], folder / f"policy-{n}.log")
+            for n, core in enumerate((cores[0], cores[-1]))
+        ]
         try:
+            for replica in replicas:
+                replica.start()
             for replica in replicas:
                 await asyncio.to_thread(replica.wait_serving)
             both = "ipv4:" + ",".join(replica.address for replica in replicas)
