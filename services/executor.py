@@ -1,7 +1,9 @@
-"""Runs inside vLLM's engine and worker processes on CPUs: how they wait for each other (0.32)."""
+"""Runs inside vLLM's engine and worker processes on CPUs: how they wait for each other, and end (0.32)."""
 
 from __future__ import annotations
 
+import atexit
+import gc
 import time
 from typing import Any
 
@@ -14,15 +16,18 @@ BUSY_MS, IDLE_MS = 1, 20
 _wait_for_notification = SpinCondition.wait
 
 
-def rest() -> None:
-    """Has this process wait for the others asleep.
+def adapt() -> None:
+    """Has this process wait for the others asleep, and end without a last look for what could be freed.
 
-    vLLM looks again and again, yielding, for a second after the last message: a whole core, for as long as there is
-    anything to do. On a CPU, others need that core: what computes meanwhile, what hands out the tokens, another engine.
-    And Linux 6.18 was seen to let whoever yields without end starve all others of its core, for minutes. To be woken
+    vLLM's own looks again and again, yielding, for a second after the last message: a whole core, for as long as there
+    is anything to do. On a CPU others need that core: what computes meanwhile, what hands out the tokens, another
+    engine. Where its workers did so, on Linux 6.18, others were seen to starve on their core for minutes. To be woken
     costs some 50 µs of a step of 20 ms or more.
+
+    The last look takes a worker longer than vLLM lets it: it would be killed, five seconds later.
     """
     SpinCondition.wait = _wait
+    atexit.register(gc.freeze)
 
 
 def _wait(condition: Any, timeout_ms: int | None = None) -> None:
@@ -36,5 +41,5 @@ class RestingExecutor(MultiprocExecutor):  # type: ignore[misc]  # vLLM has no t
     """Waits for a step's end asleep. The workers do so from `SwapWorker.prepare` on."""
 
     def _init_executor(self) -> None:
-        rest()
+        adapt()
         super()._init_executor()

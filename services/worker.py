@@ -122,7 +122,7 @@ class SwapWorker(StagingWorker):
         from services import executor, sampler
 
         if current_platform.is_cpu():
-            executor.rest()
+            executor.adapt()
             self._keep_seeds()
             sampler.install(self.model_runner)
 

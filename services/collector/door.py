@@ -1,9 +1,11 @@
 """Where feedback comes in: group commits to the inbox, and nothing else in front of an acknowledgement.
 
-    admit ──▶ queue ──▶ one thread: BEGIN · acknowledge all that wait · COMMIT ──▶ futures
+    admit ──▶ gather ──▶ one thread: BEGIN · acknowledge the group · COMMIT ──▶ futures
 
-The thread commits as soon as it is free; what has come meanwhile is the next group. It writes to the inbox alone, which
-in SQLite is a file of its own, so it waits for no other writer.
+A group is what has come while the one before was committed, and what the event loop brings in its next rounds: it is
+handed over once a round has brought nothing more. For a commit of few takes the interpreter, which the event loop needs
+as well, for almost as long as one of many. The thread writes to the inbox alone, which in SQLite is a file of its own,
+so it waits for no other writer.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import contextlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,6 +29,8 @@ from services.collector.faults import require_room, too_long
 T = TypeVar("T")
 
 MAX_GROUP = 128
+GATHER_SECONDS = 0.005
+"""Longest that a group is gathered, where each round of the event loop brings more."""
 
 
 class _Admission(NamedTuple):
@@ -71,8 +76,9 @@ class Door:
         self._max_pending = max_pending
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
-        self._queue: queue.SimpleQueue[_Admission | _Drop | None] = queue.SimpleQueue()
-        self._closed = False
+        self._waiting: deque[_Admission | _Drop] = deque()
+        self._gathering = self._committing = self._closed = False
+        self._groups: queue.SimpleQueue[_Group | None] = queue.SimpleQueue()
         self._opened = contextlib.ExitStack()
         self._connection = self._opened.enter_context(database.door())
         self._thread = threading.Thread(target=self._run, name="door", daemon=True)
@@ -83,17 +89,19 @@ class Door:
         `errors.Unavailable`, `errors.ResourceExhausted` where too many wait, and `errors.DeadlineExceeded`, after which
         it may still come in.
         """
-        require_room(self._queue.qsize(), self._max_pending, "submissions", closed=self._closed)
+        require_room(len(self._waiting), self._max_pending, "submissions", closed=self._closed)
         future: asyncio.Future[Acknowledged] = self._loop.create_future()
         return await self._wait(_Admission(incoming, future, time.perf_counter()), future)
 
     async def drop(self, ids: Sequence[str]) -> None:
         """Takes feedback out of the inbox that is recorded. Raises as `admit` does, but never that too many wait."""
+        require_room(0, 1, "drops", closed=self._closed)
         future: asyncio.Future[None] = self._loop.create_future()
         await self._wait(_Drop(ids, future), future)
 
     async def _wait(self, work: _Admission | _Drop, future: asyncio.Future[T]) -> T:
-        self._queue.put(work)
+        self._waiting.append(work)
+        self._gather()
         # Not `asyncio.timeout`, which costs as much as all else here.
         deadline = self._loop.call_later(self._timeout, self._expire, future)
         try:
@@ -101,29 +109,46 @@ class Door:
         finally:
             deadline.cancel()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Makes durable what waits."""
         self._closed = True
-        self._queue.put(None)
-        self._thread.join()
+        while self._waiting:
+            self._hand_over()
+        self._groups.put(None)
+        await asyncio.to_thread(self._thread.join)
         self._opened.close()
 
     def _expire(self, future: asyncio.Future[Any]) -> None:
         if not future.done():
             future.set_exception(too_long(self._timeout))
 
+    def _gather(self) -> None:
+        if not self._gathering and not self._committing:
+            self._gathering = True
+            self._loop.call_soon(self._gathered, 0, time.perf_counter() + GATHER_SECONDS)
+
+    def _gathered(self, before: int, deadline: float) -> None:
+        """After a round of the event loop, before which so many waited."""
+        count = len(self._waiting)
+        if before < count < MAX_GROUP and time.perf_counter() < deadline:
+            self._loop.call_soon(self._gathered, count, deadline)
+            return
+        self._gathering = False
+        if self._waiting:  # else they were handed over at the end
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        group = _Group()
+        while self._waiting and len(group.admissions) < MAX_GROUP:
+            group.add(self._waiting.popleft())
+        self._committing = True
+        self._groups.put(group)
+
     def _run(self) -> None:
-        stop = False
-        while not stop and (first := self._queue.get()) is not None:
-            group = _Group()
-            following: _Admission | _Drop | None = first
-            while following is not None:
-                group.add(following)
-                if len(group.admissions) >= MAX_GROUP or self._queue.empty():
-                    break
-                following = self._queue.get()
-            stop = following is None
-            self._tell(self._committed(group))
+        while (group := self._groups.get()) is not None:
+            outcomes = self._committed(group)
+            if not self._loop.is_closed():  # else nobody waits any more
+                self._loop.call_soon_threadsafe(self._tell, outcomes)
 
     def _committed(self, group: _Group) -> list[tuple[Any, Any]]:
         """What became of each, by its future."""
@@ -154,16 +179,14 @@ class Door:
             return [*[fault] * len(incoming), fault]
 
     def _tell(self, outcomes: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
-        """Resolves futures in their event loop, which is woken once for all."""
-        if outcomes and not self._loop.is_closed():  # else nobody waits any more
-            self._loop.call_soon_threadsafe(_resolve, outcomes)
-
-
-def _resolve(outcomes: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
-    for future, result in outcomes:
-        if future.done():
-            continue
-        if isinstance(result, Exception):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
+        """Resolves the futures of a group, and goes on to the next."""
+        self._committing = False
+        if self._waiting:
+            self._gather()
+        for future, result in outcomes:
+            if future.done():
+                continue
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)

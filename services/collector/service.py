@@ -288,7 +288,7 @@ async def opened_door(database: Database, settings: CollectorSettings) -> AsyncI
     try:
         yield door
     finally:
-        await asyncio.to_thread(door.close)
+        await door.close()
 
 
 async def collect(settings: CollectorSettings) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 
+import psutil
 import pytest
 
 from services.policy.sampling import MAX_LOGPROBS
@@ -310,6 +311,17 @@ async def test_rollouts_hardly_delay_people(client: AsyncClient) -> None:
     p50, p90, p99 = ([sorted(times)[int(q * len(times))] for times in (without, beside)] for q in (0.5, 0.9, 0.99))
     print(f"first token without rollouts, and beside them: p50 {p50}, p90 {p90}, p99 {p99}")
     assert p99[1] <= 1.5 * p99[0]
+
+
+async def test_an_engine_with_nothing_to_do_leaves_its_core_to_others(client: AsyncClient, world: World) -> None:
+    # vLLM's own processes spin for a second after each message.
+    engine = [p for p in psutil.Process(world.process.popen.pid).children(recursive=True) if "VLLM" in p.name()]
+    assert len(engine) == 2, "the core, and a worker"
+    shares = []
+    for _ in range(3):
+        await client.generate(TOKENS, sampling=pb.SamplingParams(max_tokens=2, ignore_eos=True))
+        shares.append(await asyncio.gather(*(asyncio.to_thread(p.cpu_percent, interval=0.5) for p in engine)))
+    assert max(min(of_one) for of_one in zip(*shares, strict=True)) < 50, shares
 
 
 async def test_what_a_lost_broker_held_is_recorded_again(world: World, client: AsyncClient) -> None:

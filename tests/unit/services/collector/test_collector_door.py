@@ -35,9 +35,9 @@ Admit = Callable[[Feedback], "asyncio.Task[Acknowledged]"]
 
 @pytest.fixture
 async def door(database: Database) -> AsyncIterator[Door]:
-    door = Door(database, max_pending=4)
+    door = Door(database, max_pending=8)
     yield door
-    await asyncio.to_thread(door.close)
+    await door.close()
 
 
 @pytest.fixture
@@ -108,6 +108,26 @@ async def test_what_comes_during_a_commit_shares_the_next(
     assert ids == sorted(ids)
 
 
+@pytest.mark.parametrize(("seconds", "groups"), [(60.0, [8]), (0.0, [1, 7])], ids=["for long", "not at all"])
+async def test_a_group_is_gathered_while_each_round_brings_more(
+    admit: Admit, deployment: Deployment, monkeypatch: pytest.MonkeyPatch, seconds: float, groups: list[int]
+) -> None:
+    held = Held(monkeypatch)
+    monkeypatch.setattr(doors, "GATHER_SECONDS", seconds)
+    event = deployment.generation()
+
+    async def later(number: int) -> Acknowledged:
+        for _ in range(number):
+            await asyncio.sleep(0)  # a round of the event loop
+        return await admit(parts.comment(event, str(number), key=str(number)))
+
+    coming = asyncio.gather(*(later(number) for number in range(8)))
+    await held.first()
+    held.release.set()
+    assert len(await coming) == 8
+    assert held.groups == groups
+
+
 async def test_what_is_refused_holds_up_nobody(
     admit: Admit, deployment: Deployment, settings: CollectorSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,13 +175,13 @@ async def test_too_many_are_refused_until_some_are_durable(
     event = deployment.generation()
     first = admit(parts.comment(event, "first"))
     await held.first()
-    waiting = [admit(parts.comment(event, str(i))) for i in range(4)]
+    waiting = [admit(parts.comment(event, str(i))) for i in range(8)]
     await asyncio.sleep(0)
     with pytest.raises(errors.ResourceExhausted) as raised:
         await admit(parts.comment(event, "refused"))
     assert raised.value.retry_after > 0
     held.release.set()
-    assert len(await asyncio.gather(first, *waiting)) == 5
+    assert len(await asyncio.gather(first, *waiting)) == 9
     assert (await admit(parts.comment(event, "refused"))).changed
 
 
@@ -179,7 +199,7 @@ async def test_a_submission_has_a_deadline(
     with pytest.raises(errors.DeadlineExceeded):
         await first
     held.release.set()
-    await asyncio.to_thread(door.close)
+    await door.close()
     assert in_file(settings) == ["1"], "what was given up before its turn is not taken in"
 
 
@@ -243,7 +263,7 @@ async def test_closing_makes_durable_what_waits(
     tasks = [asyncio.create_task(door.admit(one)) for one in incoming]
     await held.first()
     held.release.set()
-    await asyncio.to_thread(door.close)
+    await door.close()
     await asyncio.gather(*tasks)
     assert len(in_file(settings)) == 300
     with pytest.raises(errors.Unavailable):
@@ -285,7 +305,7 @@ async def test_the_schema_goes_back_only_when_nothing_waits(
     database: Database, admit: Admit, door: Door, deployment: Deployment, old: Connection
 ) -> None:
     await admit(parts.comment(deployment.generation(), "x"))
-    await asyncio.to_thread(door.close)
+    await door.close()
     with pytest.raises(errors.FailedPrecondition, match=r"1 pieces of feedback are acknowledged.*inbox_depth"):
         migrate(old, down_to="0003")
     Taking(database, Rules()).drain()

@@ -100,7 +100,7 @@ async def hands_off(database: Database, deployment: Deployment, settings: Collec
         await server.start()
         yield client
     await server.stop(None)
-    await asyncio.to_thread(door.close)
+    await door.close()
 
 
 @pytest.fixture

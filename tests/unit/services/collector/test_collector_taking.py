@@ -200,7 +200,7 @@ def hand(settings: CollectorSettings) -> Iterator[Process]:
 async def door(database: Database) -> AsyncIterator[Door]:
     door = Door(database)
     yield door
-    await asyncio.to_thread(door.close)
+    await door.close()
 
 
 async def test_a_process_records_and_is_started_again_when_it_dies(

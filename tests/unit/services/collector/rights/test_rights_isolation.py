@@ -55,7 +55,7 @@ async def address(database: Database, deployment: Deployment, settings: Collecto
         task.cancel()
     await asyncio.wait(working)
     await server.stop(None)
-    await asyncio.to_thread(door.close)
+    await door.close()
 
 
 @pytest.fixture
