@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+import grpc.aio
 import pytest
 
 from tests.servers import Running, Service
-from thumbwheel import bulk, errors
+from thumbwheel import bulk, channels, errors
 from thumbwheel.channels import call_error
 from thumbwheel.client import AsyncClient
 from thumbwheel.v1 import policy_pb2 as pb
@@ -114,3 +115,22 @@ async def test_a_call_that_cancels_itself_is_no_cancellation_of_its_caller() -> 
     task.cancel()
     await asyncio.wait([task])
     assert task.cancelled()
+
+
+async def test_all_attempts_outlast_a_pause_between_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a call may find that a server that is back is away: gRPC connects anew only once its pause is over."""
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr("asyncio.sleep", sleep)
+    monkeypatch.setattr("random.uniform", lambda least, most: least)
+    attempts = channels.Attempts(60.0)
+    away = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), "refused")
+    for _ in range(channels._ATTEMPTS - 1):
+        await attempts.again(away)
+    with pytest.raises(errors.Unavailable):
+        await attempts.again(away)
+    jitter = 1.2  # of gRPC's
+    assert sum(pauses) > jitter * int(dict(channels._OPTIONS)["grpc.max_reconnect_backoff_ms"]) / 1000
