@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 LOOKUPS = Counter("thumbwheel_reward_reference_total", "Reference responses looked up, by how that ended.", ["outcome"])
 _SCHEMA = "CREATE TABLE IF NOT EXISTS reference (key BLOB PRIMARY KEY, response TEXT NOT NULL, used REAL NOT NULL)"
 
+KEPT_SECONDS = 14 * 86_400.0
+"""What nobody asks for goes after so long, as it does from the stream: it may answer somebody who is forgotten."""
+
 Tokens = tuple[int, ...]
 """Token ids of a prompt and a reference response to it."""
 
@@ -44,7 +47,9 @@ class References:
         self._database = sqlite3.connect(path, isolation_level=None)
         self._database.execute("PRAGMA journal_mode=WAL")
         self._database.execute("PRAGMA synchronous=NORMAL")  # what is lost is asked for again
+        self._database.execute("PRAGMA secure_delete=ON")  # what is dropped is overwritten
         self._database.execute(_SCHEMA)
+        self._drop()
 
     async def response(self, prompt: Prompt) -> str:
         """The response to a prompt; "" where none is known and none can be had now. Calls for one prompt that come
@@ -85,11 +90,16 @@ class References:
         response = await ask(prompt)
         if response:
             self._database.execute("INSERT OR REPLACE INTO reference VALUES (?, ?, ?)", (key, response, time.time()))
-            self._database.execute(
-                "DELETE FROM reference WHERE key IN (SELECT key FROM reference ORDER BY used DESC LIMIT -1 OFFSET ?)",
-                (self._capacity,),
-            )
+            self._drop()
         return response
+
+    def _drop(self) -> None:
+        """Drops what was not asked for in a long time, and what is too much."""
+        self._database.execute("DELETE FROM reference WHERE used < ?", (time.time() - KEPT_SECONDS,))
+        self._database.execute(
+            "DELETE FROM reference WHERE key IN (SELECT key FROM reference ORDER BY used DESC LIMIT -1 OFFSET ?)",
+            (self._capacity,),
+        )
 
 
 class Baselines:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
+
+import pytest
 
 from services.reward.reference import Baselines, References
 from thumbwheel import errors
@@ -66,6 +69,25 @@ async def test_those_asked_for_longest_ago_are_dropped(tmp_path: Path) -> None:
         await references.response(to_prompt(question))
     assert policy.asked == ["a", "b", "c", "b"]
     references.close()
+
+
+async def test_what_nobody_asks_for_is_off_the_disk_after_two_weeks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, now = Policy(), 1e9
+    policy.answering.set()
+    monkeypatch.setattr(time, "time", lambda: now)
+    references = References(tmp_path / "r.sqlite", policy, version="v", capacity=10)
+    for question in ("forgotten", "asked"):
+        await references.response(to_prompt(question))
+    now += 10 * 86_400
+    await references.response(to_prompt("asked"))
+    references.close()
+    assert b"answer 1" in (tmp_path / "r.sqlite").read_bytes()
+    now += 5 * 86_400
+    References(tmp_path / "r.sqlite", policy, version="v", capacity=10).close()
+    assert b"answer 1" not in (tmp_path / "r.sqlite").read_bytes()
+    assert b"answer 2" in (tmp_path / "r.sqlite").read_bytes()
 
 
 def test_what_a_version_said_is_known_while_it_is_live() -> None:
