@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -27,10 +26,10 @@ from pydantic import Field
 
 from thumbwheel import errors
 from thumbwheel.channels import open_channel
+from thumbwheel.children import tied
 from thumbwheel.config import Settings, split_address
 from thumbwheel.tls import ClientTls
 
-_PR_SET_PDEATHSIG = 1
 _LOG_TAIL_BYTES = 16_384
 _KILL_SECONDS = 10.0
 STATE_FILE = "up.json"
@@ -284,14 +283,12 @@ class Stack:
         path = self.settings.logs_path / f"{name}.log"
         with path.open("ab") as log:
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *arguments,
+                *tied(sys.executable, *arguments),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=self._environment,
                 start_new_session=True,  # Ctrl-C is ours to hand on, in order
-                preexec_fn=_die_with_parent,
             )
         part = Part(name, process, path)
         self.parts[name] = part
@@ -370,11 +367,6 @@ async def _deadline(seconds: float, logs: Path) -> AsyncIterator[None]:
             f"The parts were not all ready within {seconds:g} s.",
             remedy=f"Their logs are in {logs}; a slower machine needs a longer --start-timeout-seconds.",
         ) from error
-
-
-def _die_with_parent() -> None:
-    """Runs in the child before exec: when the supervisor is killed, the part is asked to stop."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def is_free(address: str) -> bool:

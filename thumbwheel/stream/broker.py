@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import errno
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -25,6 +24,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from thumbwheel import errors
+from thumbwheel.children import die_with_parent, tied
 
 logger = logging.getLogger(__name__)
 
@@ -35,28 +35,6 @@ _LOG_TAIL_BYTES = 2000
 _CONNECT_SECONDS = 0.02
 _ANSWER_SECONDS = 0.5
 _MEASURE_SECONDS = 1.0
-
-# Asks the kernel to send SIGTERM to the broker when whoever started it is gone, then becomes the broker. In a process
-# of its own rather than between fork and exec, where a process with threads must not run Python. `sys.argv` is the
-# parent's process id, the binary, and its arguments.
-_LAUNCHER = """
-import os, signal, sys
-if sys.platform == "linux":
-    import ctypes
-    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != int(sys.argv[1]):
-        sys.exit("the parent is gone")
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
-def die_with_parent() -> None:
-    """Asks the kernel for SIGTERM when the parent of this process ends (Linux; elsewhere nothing happens)."""
-    if sys.platform == "linux":
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGTERM, 0, 0, 0)
 
 
 class EmbeddedBroker:
@@ -100,7 +78,7 @@ class EmbeddedBroker:
         # An empty environment: the broker takes settings from variables, some with common names.
         with self.log.open("ab") as output:
             self._child = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), _binary(), *arguments],
+                tied(_binary(), *arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
