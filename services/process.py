@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
@@ -86,9 +85,6 @@ async def running(settings: EngineSettings, role: ModelRole.ValueType, *, proces
     try:
         encoder = await asyncio.to_thread(PromptEncoder, version.path)
         follower = Follower(log=log, held=held, engine=engine, role=role, process=process, fetch_seconds=fetch_seconds)
-        # All that is loaded by now stays: a look through it would stop every stream for a good part of a second.
-        gc.collect()
-        gc.freeze()
         yield Model(process, settings, security, engine, encoder, log, follower)
     finally:
         await engine.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import signal
 import socket
@@ -303,6 +304,9 @@ async def serve(
             try:
                 for server in servers:
                     await server.start()
+                # All that is loaded by now stays: to look through it again would stop every call for a while.
+                gc.collect()
+                gc.freeze()
                 for name in ("", *services):
                     await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
                 logger.info("serving", extra={"address": f"{host}:{ports[0]}", "metrics_port": bound_metrics_port})
