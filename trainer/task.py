@@ -35,6 +35,7 @@ from trainer.checkpoint import TrainingCheckpoints
 from trainer.config import TaskName, TrainerSettings
 from trainer.feed import Feed
 from trainer.ingest import Encoder, Ingest
+from trainer.losses.base import PerSample
 from trainer.prompts import Prompts
 from trainer.publish import SAMPLES, Publisher
 from trainer.replay import Replay
@@ -96,6 +97,7 @@ class Task:
         )
         self._retracted: list[str] = []
         self._learnt: Sequence[Sample] = ()
+        self._referenced: PerSample = {}
         self._began = 0.0
         self._after = Background(f"after-{name}")
         self._to_commit: dict[TopicPartition, int] = {}
@@ -243,7 +245,7 @@ class Task:
         written, samples = samples, self._feed.lesson(samples, round_number=self._state.round + 1)
         if self._objective.needs_reference:
             with self._phase("reference"):
-                team.reference(self._base.path, self._objective.referenced(samples))
+                self._referenced = self._refer(samples)
         with self._phase("restore"):
             self._restore()
         if self.name == "reward":
@@ -281,7 +283,8 @@ class Task:
         )
         ids = "".join(f"{sample_id}\n" for sample_id in sorted(sample.id for sample in samples))
         manifest = self._manifest(state, samples, ids, measured)
-        self._feed.replay.learnt(samples)
+        self._feed.replay.learnt(samples, self._referenced)
+        self._referenced = {}
 
         def fill(folder: Path) -> None:
             self._buffer.save(folder)
@@ -388,6 +391,14 @@ class Task:
             demonstrations=demonstrations,
             refer=self._reference_texts if online and self._objective.wants_baseline else None,
         )
+
+    def _refer(self, wanted: Sequence[Sample]) -> PerSample:
+        """Has the reference's log-probabilities worked out for the team; returns those to keep with the samples."""
+        referenced = self._objective.referenced(wanted)
+        known = self._feed.replay.reference(sample.id for sample in referenced)
+        new = [sample for sample in referenced if sample.id not in known]
+        found = self._shared.team.reference(self._base.path, new, {id: of.tolist() for id, of in known.items()})
+        return found if self._shared.settings.replay_ratio else {}
 
     def _reference_texts(self, prompts: Sequence[Tokens]) -> Mapping[Tokens, str]:
         from trainer import sampling

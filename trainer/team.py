@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from trainer import losses, ranks, runtime, samples
 from trainer.background import Background
@@ -37,12 +39,18 @@ class Team:
         self._said_at = time.monotonic()
         self._alone = False
 
-    def reference(self, path: Path, wanted: Sequence[Sample]) -> None:
-        """Works out the reference's log-probabilities, for the next `learn`. Raises `Stopped`."""
-        self._say("reference", path=str(path), wanted=wanted)
+    def reference(
+        self, path: Path, wanted: Sequence[Sample], known: Mapping[str, Sequence[float]] | None = None
+    ) -> PerSample:
+        """Works out the reference's log-probabilities, for the next `learn`, which has those that are `known` as well.
+        Returns all. Raises `Stopped`.
+        """
+        self._say("reference", path=str(path), wanted=wanted, known=known)
         budget = self._settings.micro_batch_tokens
         with self._stopping():
-            self._reference = reference_logprobs(path, wanted, max_tokens=budget, stop=self._stop) if wanted else {}
+            found = reference_logprobs(path, wanted, max_tokens=budget, stop=self._stop) if wanted else {}
+        self._reference = {id: torch.tensor(values) for id, values in (known or {}).items()} | found
+        return self._reference
 
     def open(self, task: TaskName, start: Path, *, steps_done: int, checkpoint: Path | None) -> None:
         """Makes a task's learner of the model in `start`, as a training checkpoint left it."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
+
 from tests.unit.trainer.samples import make_groups, make_samples
-from trainer.replay import Replay
+from thumbwheel import errors
+from trainer.replay import REFERENCE, Replay
 
 
 def test_draws_follow_from_the_round_and_survive_a_restart(tmp_path: Path) -> None:
@@ -28,3 +32,20 @@ def test_what_is_retracted_is_not_drawn_and_the_oldest_go_first() -> None:
     replay.retract(samples[4].id)
     replay.retract("unknown")
     assert {sample.id for sample in replay.draw(9, 1)} == {samples[2].id, samples[3].id}
+
+
+def test_what_the_reference_says_is_kept_to_the_bit_as_long_as_the_sample(tmp_path: Path) -> None:
+    replay, samples = Replay(seed=0, kept=3), make_samples(5)
+    whole = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    said = {sample.id: whole[10 * n : 10 * n + 10] for n, sample in enumerate(samples)}
+    replay.learnt(samples[:4], said | {"a companion": whole})
+    replay.learnt(samples[4:])  # of which nothing is known
+    replay.retract(samples[3].id)
+    ids = [*(sample.id for sample in samples), "a companion"]
+    replay.save(tmp_path)
+    for each in (replay, Replay.load(tmp_path, seed=0, kept=3)):
+        [(name, found)] = each.reference(ids).items()
+        assert (name, found.tolist()) == (samples[2].id, said[samples[2].id].tolist())
+    (tmp_path / REFERENCE).write_bytes(b"torn")
+    with pytest.raises(errors.CorruptCheckpoint, match="cannot be read"):
+        Replay.load(tmp_path, seed=0)

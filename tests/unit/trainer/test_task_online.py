@@ -7,10 +7,12 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from tests.support import Deployment
 from tests.unit.trainer.fleet import EOS, Fleet
@@ -21,8 +23,9 @@ from thumbwheel.stream.memory import MemoryLog
 from thumbwheel.v1.events_pb2 import ComparisonState, ThumbEvent
 from thumbwheel.v1.preference_pb2 import ThumbValue
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest
-from trainer import loop, metrics, publish, rollouts
+from trainer import inference, loop, metrics, publish, rollouts, team
 from trainer.config import TrainerSettings
+from trainer.samples import Sample
 from trainer.task import Shared, Task
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -183,7 +186,16 @@ def test_thumbs_feed_kto_and_edits_are_demonstrations(make: Make) -> None:
     assert {"kto_loss", "kto_kl", "sft_nll"} <= set(manifest(shared, 1).metrics)
 
 
-def test_demonstrations_and_replayed_samples_come_beside_the_new(make: Make, tmp_path: Path) -> None:
+def test_demonstrations_and_replayed_samples_come_beside_the_new(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def counted(path: Path, wanted: Sequence[Sample], **given: Any) -> dict[str, Tensor]:
+        asked.append(sorted(sample.id[-1] for sample in wanted))
+        return inference.reference_logprobs(path, wanted, **given)
+
+    monkeypatch.setattr(team, "reference_logprobs", counted)
     path = tmp_path / "sft.jsonl"
     path.write_text("".join(json.dumps({"prompt": "a", "completion": f"b{n}"}) + "\n" for n in range(5)))
     shared = make("dpo+0.1*sft", demonstrations=path, demonstrations_ratio=0.5, replay_ratio=0.5)
@@ -192,6 +204,9 @@ def test_demonstrations_and_replayed_samples_come_beside_the_new(make: Make, tmp
     assert [manifest(shared, n).metrics["added_samples"] for n in (1, 2)] == [2.0, 4.0]
     assert "sft_nll" in manifest(shared, 1).metrics
     assert ids(shared, 2) == ["4/", "5/", "6/", "7/"], "only what is new counts as learnt"
+    assert asked == [["0", "1", "2", "3"], ["4", "5", "6", "7"]], (
+        "of what is learnt again, the reference is not asked again"
+    )
 
 
 def test_a_guard_stops_learning_says_why_and_loses_nothing(make: Make, caplog: pytest.LogCaptureFixture) -> None:

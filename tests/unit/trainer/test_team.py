@@ -55,7 +55,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_all_ranks_are_asked_the_same(said: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings, samples = TrainerSettings(), make_samples(3)
     lead = Team(settings, lambda: False)
-    lead.reference(tmp_path, samples)
+    assert sorted(lead.reference(tmp_path, samples, {"known": [0.25]})) == [*(sample.id for sample in samples), "known"]
     lead.open("policy", tmp_path, steps_done=7, checkpoint=tmp_path / "checkpoint")
     assert lead.learn(samples, round_number=1) == {"loss": 1.0}
     lead.save(tmp_path / "a", tmp_path / "b")
@@ -65,7 +65,7 @@ def test_all_ranks_are_asked_the_same(said: list[Any], monkeypatch: pytest.Monke
     lead.end()
     by_lead = FakeLearner.asked
     assert [entry[0] for entry in by_lead] == ["made", "restore", "learn", "save", "learn", "close"]
-    assert by_lead[2] == ("learn", samples, sorted(sample.id for sample in samples), 1)
+    assert by_lead[2] == ("learn", samples, [*(sample.id for sample in samples), "known"], 1)
 
     told: Iterator[Any] = iter(said)
     monkeypatch.setattr(ranks, "lead", lambda: False)
