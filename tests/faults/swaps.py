@@ -126,7 +126,8 @@ class World:
         """Asks for ever, one question after the other; rests between two where the others do."""
         turn = 0
         while True:
-            await self.open.wait()
+            while not self.open.is_set():  # it may be closed again before this task has its turn
+                await self.open.wait()
             turn += 1
             sampling = pb.SamplingParams(max_tokens=48, ignore_eos=True, seed=1000 * number + turn)
             self.busy += 1
