@@ -154,4 +154,6 @@ class Engine:
 
     async def close(self) -> None:
         """Ends the engine and its processes."""
+        if (handler := getattr(self.llm, "output_handler", None)) is not None:
+            handler.cancel()  # it would report the end as a fault
         await asyncio.to_thread(self.llm.shutdown)
