@@ -10,6 +10,7 @@ from typing import Any
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
+BUSY_SECONDS = 1.0
 BUSY_MS, IDLE_MS = 1, 20
 """Longest sleeps in the first second after something came, and later. Notifications are dropped now and then."""
 
@@ -31,7 +32,7 @@ def adapt() -> None:
 
 
 def _wait(condition: Any, timeout_ms: int | None = None) -> None:
-    busy = time.monotonic() < condition.last_read + 1.0
+    busy = time.monotonic() < condition.last_read + BUSY_SECONDS
     longest = BUSY_MS if busy else IDLE_MS
     condition.busy_loop_s = 0.0
     _wait_for_notification(condition, timeout_ms=longest if timeout_ms is None else min(longest, timeout_ms))

@@ -29,7 +29,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, ProgrammingError
 
 from services.collector import sqlite
-from services.collector.faults import require_room, too_long, translate
+from services.collector.faults import require_open, require_room, too_long, translate
 from services.collector.sqlite import READS, WRITES_BOTH, WRITES_INBOX, WRITES_RECORD
 from thumbwheel import errors
 
@@ -202,7 +202,8 @@ class Database:
         self._engine.dispose()
 
     def _admit(self) -> None:
-        require_room(self._queue.qsize(), self._max_pending, "writes", closed=self._closed)
+        require_open(closed=self._closed)
+        require_room(self._queue.qsize(), self._max_pending, "writes")
 
     def _enqueue(self, work: Callable[..., T], *, alone: bool = False) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()

@@ -24,7 +24,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from services.collector import inbox, metrics
 from services.collector.acknowledge import Acknowledged, Incoming, acknowledge
 from services.collector.database import Database
-from services.collector.faults import require_room, too_long
+from services.collector.faults import require_open, require_room, too_long
 
 T = TypeVar("T")
 
@@ -89,13 +89,14 @@ class Door:
         `errors.Unavailable`, `errors.ResourceExhausted` where too many wait, and `errors.DeadlineExceeded`, after which
         it may still come in.
         """
-        require_room(len(self._waiting), self._max_pending, "submissions", closed=self._closed)
+        require_open(closed=self._closed)
+        require_room(len(self._waiting), self._max_pending, "submissions")
         future: asyncio.Future[Acknowledged] = self._loop.create_future()
         return await self._wait(_Admission(incoming, future, time.perf_counter()), future)
 
     async def drop(self, ids: Sequence[str]) -> None:
         """Takes feedback out of the inbox that is recorded. Raises as `admit` does, but never that too many wait."""
-        require_room(0, 1, "drops", closed=self._closed)
+        require_open(closed=self._closed)
         future: asyncio.Future[None] = self._loop.create_future()
         await self._wait(_Drop(ids, future), future)
 

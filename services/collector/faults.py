@@ -16,10 +16,14 @@ _FULL_DISK_BYTES = 1 << 20
 _SQLSTATE_DISK_FULL = "53100"
 
 
-def require_room(waiting: int, most: int, what: str, *, closed: bool) -> None:
-    """Raises where a queue for the database, of at most `most` of `what`, takes nothing more."""
+def require_open(*, closed: bool) -> None:
+    """Raises where a queue for the database takes nothing any more."""
     if closed:
         raise errors.Unavailable("The collector is stopping.", remedy="Send it again.")
+
+
+def require_room(waiting: int, most: int, what: str) -> None:
+    """Raises where a queue for the database, of at most `most` of `what`, takes nothing more for now."""
     if waiting >= most:
         raise errors.ResourceExhausted(
             f"{most} {what} wait for the database.",

@@ -400,6 +400,7 @@ async def test_sigterm_lets_calls_in_flight_end(world: World, client: AsyncClien
     """Last in this file: it ends the service."""
     stream = client.stream("Let me finish", sampling=pb.SamplingParams(max_tokens=400, ignore_eos=True))
     await anext(stream)
+    said = len(world.process.log.read_text())
     world.process.popen.terminate()
     last = [piece async for piece in stream][-1]
     assert isinstance(last, pb.Generation)
@@ -407,3 +408,4 @@ async def test_sigterm_lets_calls_in_flight_end(world: World, client: AsyncClien
     deadline = time.monotonic() + 30
     assert await asyncio.to_thread(world.process.popen.wait, 30) == 0
     assert time.monotonic() < deadline
+    assert "ERROR" not in world.process.log.read_text()[said:], "vLLM takes an engine's end for a fault"
