@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench import harness
 from bench.harness import Ratio, Target
-from bench.serving import Server, http_server
+from bench.serving_processes import Server, http_server
 from services.prompts import PromptEncoder
 from tests.support import Deployment, Process, free_port
 from thumbwheel.client import AsyncClient, to_prompt

@@ -11,8 +11,9 @@
     shed_p99_ms                         milliseconds until a call is turned away then, 99th percentile
 
 Engines are set alike, and all servers are asked for the same: chats, each answered by a fixed number of tokens with the
-log-probability of each. What is compared is measured one after the other within a round. `cpu_ms_per_token` and its
-like are milliseconds of processor time of the server's front end for each token, all its threads together.
+log-probability of each. What is compared is measured one after the other within a round; ours and the engine alone
+there and back, as they differ by less than two measurements of either do. `cpu_ms_per_token` and its like are
+milliseconds of processor time of the server's front end for each token, all its threads together.
 """
 
 from __future__ import annotations
@@ -20,26 +21,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
-import os
 import random
-import subprocess
-import sys
+import statistics
 import tempfile
 import time
-import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from bench import harness
 from bench.harness import Ratio, Target
 from bench.serving_clients import Ask, Http, Load, Ours, Smg, load
+from bench.serving_processes import Policy, Server, grpc_server, http_server, policy_server
 from tests.support import free_port
 from thumbwheel.stream import open_log, topics
 from thumbwheel.stream.broker import EmbeddedBroker
@@ -49,7 +45,6 @@ CONCURRENCY = {1: 96, 4: 96, 16: 64}
 """How many at once, and the tokens of each."""
 MOST, BURST_TOKENS, BURSTS = 16, 32, 4
 PEAK, OVERLOAD, OVERLOAD_TOKENS = 64, 4.0, 32
-MAX_MODEL_LEN, MAX_NUM_SEQS = 2048, 64
 _WORDS = ("river", "stone", "market", "winter", "engine", "garden", "letter", "music", "harbour", "paper", "window")
 
 
@@ -62,133 +57,6 @@ class Prompts:
     def take(self, count: int) -> list[str]:
         """The next ones, of about forty tokens with the chat's frame."""
         return [f"Tell me about {' '.join(self._random.choices(_WORDS, k=12))}." for _ in range(count)]
-
-
-@dataclass
-class Server:
-    """A server process, and what it takes of the processor."""
-
-    popen: subprocess.Popen[Any]
-
-    @property
-    def front_end_seconds(self) -> float:
-        """Processor time of the process itself so far, without its engine's processes."""
-        times = psutil.Process(self.popen.pid).cpu_times()
-        return float(times.user + times.system)
-
-    def stop(self) -> None:
-        """Ends it and its children."""
-        children = psutil.Process(self.popen.pid).children(recursive=True)
-        self.popen.terminate()
-        try:
-            self.popen.wait(20)
-        except subprocess.TimeoutExpired:
-            self.popen.kill()
-            self.popen.wait(10)
-        for child in children:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-
-
-class Policy(Server):
-    """`bench.serving_server`, told what to do a line at a time."""
-
-    async def tell(self, command: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What it answers; None: what it says first, when it is ready."""
-        assert self.popen.stdin is not None
-        assert self.popen.stdout is not None
-        if command is not None:
-            self.popen.stdin.write(json.dumps(command) + "\n")
-            self.popen.stdin.flush()
-        async with asyncio.timeout(300):
-            line = await asyncio.to_thread(self.popen.stdout.readline)
-        if not line:
-            raise RuntimeError("The policy ended; the log above says why.")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-
-def environment(threads_bind: str = "auto") -> dict[str, str]:
-    """As `services.engine` sets it, for vLLM's own servers."""
-    return {
-        **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": threads_bind,
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-
-
-def engine_arguments(model: Path, port: int) -> list[str]:
-    """The engine as our service's defaults have it."""
-    return [
-        *("--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"),
-        *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS), "--enforce-eager"),
-    ]
-
-
-@contextlib.contextmanager
-def policy_server(model: Path, home: Path, bootstrap_servers: str) -> Iterator[Policy]:
-    """Ours, with an engine of its own."""
-    command = [sys.executable, "-m", "bench.serving_server", "--model", str(model), "--home", str(home)]
-    command += ["--bootstrap-servers", bootstrap_servers]
-    policy = Policy(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-    try:
-        yield policy
-    finally:
-        policy.stop()
-
-
-@contextlib.contextmanager
-def http_server(model: Path, log: Path, *more: str, threads_bind: str = "auto") -> Iterator[tuple[Server, int]]:
-    """vLLM's OpenAI server, without its log of requests; `more` are further arguments."""
-    port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *engine_arguments(model, port)]
-    command += ["--served-model-name", "default", "--uvicorn-log-level", "warning", *more]
-    with log.open("wb") as out:
-        popen = subprocess.Popen(command, stdout=out, stderr=out, env=environment(threads_bind), text=True)
-    server = Server(popen)
-    try:
-        _wait(server, log, lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close())
-        yield server, port
-    finally:
-        server.stop()
-
-
-@contextlib.contextmanager
-def grpc_server(model: Path, log: Path) -> Iterator[tuple[Server, int]]:
-    """vLLM's gRPC server."""
-    import grpc
-    from smg_grpc_proto import vllm_engine_pb2, vllm_engine_pb2_grpc
-
-    port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.launchers.grpc_server", *engine_arguments(model, port)]
-    with log.open("wb") as out:
-        popen = subprocess.Popen(command, stdout=out, stderr=out, env=environment(), text=True)
-    server = Server(popen)
-
-    def check() -> None:
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-            stub = vllm_engine_pb2_grpc.VllmEngineStub(channel)
-            stub.GetModelInfo(vllm_engine_pb2.GetModelInfoRequest(), timeout=5)
-
-    try:
-        _wait(server, log, check)
-        yield server, port
-    finally:
-        server.stop()
-
-
-def _wait(server: Server, log: Path, check: Callable[[], None]) -> None:
-    deadline = time.monotonic() + 240
-    while True:
-        try:
-            check()
-            return
-        except Exception as error:  # each kind of server is away in its own way
-            if server.popen.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"A peer did not start; its log ends:\n{log.read_text()[-3000:]}") from error
-            time.sleep(0.5)
 
 
 @dataclass
@@ -227,6 +95,17 @@ class Bench:
         found = await self.policy.tell(command)
         taken = self.policy.front_end_seconds - before
         self._keep(name, found["tokens"] / found["seconds"], taken / found["tokens"])
+
+    async def beside_engine(self, kind: str, ask: Ask, at_once: int, tokens: int) -> None:
+        """Ours and the engine alone, there and back, so that what drifts falls on both alike."""
+        name = f"{kind} {at_once}"
+        bare = partial(self.bare, f"bare {name}", at_once, tokens, stream=kind == "stream")
+        ours = partial(self.measure, name, self.policy, ask, at_once, tokens, at_once)
+        for turn in (bare, ours, ours, bare):
+            await turn()
+        for each in (name, f"bare {name}"):  # both were of as many tokens
+            self.rates[each][-2:] = [statistics.harmonic_mean(self.rates[each][-2:])]
+            self.processor[each][-2:] = [statistics.fmean(self.processor[each][-2:])]
 
     def _keep(self, name: str, rate: float, processor: float) -> None:
         self.rates.setdefault(name, []).append(rate)
@@ -306,9 +185,7 @@ def steps(bench: Bench, peers: Mapping[str, tuple[Server, Any]], seconds: float)
     found: dict[str, Callable[[], Any]] = {}
     for at_once, tokens in CONCURRENCY.items():
         for kind, ask in (("unary", ours.unary), ("stream", ours.stream)):
-            name = f"{kind} {at_once}"
-            found[f"bare {name}"] = partial(bench.bare, f"bare {name}", at_once, tokens, stream=kind == "stream")
-            found[name] = partial(bench.measure, name, policy, ask, at_once, tokens, at_once)
+            found[f"{kind} {at_once}"] = partial(bench.beside_engine, kind, ask, at_once, tokens)
     hardened = bench.ours["hardened"].stream
     found["hardened"] = partial(bench.measure, "hardened", policy, hardened, MOST, CONCURRENCY[MOST], MOST)
     found["plain"] = bench.plain
@@ -385,7 +262,7 @@ async def run(model: Path, rounds: int, seconds: float, leave_out: Sequence[str]
         ours["hardened"] = Ours(f"127.0.0.1:{ports['hardened']}", tls, said["key"])
         bench = Bench(policy, Prompts(), ours)
         todo = steps(bench, peers, seconds)
-        for warm in ("unary 16", "hardened", "plain", "http", "grpc", "bare stream 16"):
+        for warm in ("unary 16", "hardened", "plain", "http", "grpc"):
             if warm in todo:
                 await todo[warm]()
         for kept in (bench.rates, bench.firsts, bench.processor):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 import time
 from pathlib import Path
 
@@ -83,11 +85,47 @@ async def test_what_nobody_asks_for_is_off_the_disk_after_two_weeks(
     now += 10 * 86_400
     await references.response(to_prompt("asked"))
     references.close()
-    assert b"answer 1" in (tmp_path / "r.sqlite").read_bytes()
+    before = (tmp_path / "r.sqlite").read_bytes()
+    rows = [sealed for (sealed,) in _rows(tmp_path / "r.sqlite")]
+    assert all(sealed in before for sealed in rows)
     now += 5 * 86_400
     References(tmp_path / "r.sqlite", policy, version="v", capacity=10).close()
-    assert b"answer 1" not in (tmp_path / "r.sqlite").read_bytes()
-    assert b"answer 2" in (tmp_path / "r.sqlite").read_bytes()
+    after = (tmp_path / "r.sqlite").read_bytes()
+    assert [sealed in after for sealed in rows] == [False, True]
+
+
+async def test_only_who_has_the_prompt_can_read_the_response(tmp_path: Path) -> None:
+    policy = Policy()
+    policy.answering.set()
+    path = tmp_path / "r.sqlite"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as old:  # as a release before left it
+        old.execute("CREATE TABLE reference (key BLOB PRIMARY KEY, response TEXT NOT NULL, used REAL NOT NULL)")
+        old.execute("INSERT INTO reference VALUES (?, 'an old secret', ?)", (b"k", time.time()))
+    references = References(path, policy, version="v", capacity=10)
+    try:
+        for question in ("a question of Ada's", "another"):
+            await references.response(to_prompt(question))
+        everything = _bytes_in(tmp_path)
+        assert not [text for text in (b"answer 1", b"answer 2", b"Ada", b"an old secret") if text in everything]
+        (first,), (second,) = _rows(path)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as meddler:
+            meddler.execute("UPDATE sealed SET response = ? WHERE response = ?", (second, first))
+            meddler.execute("UPDATE sealed SET response = x'00' WHERE response = ? AND rowid = 2", (second,))
+        # Neither another prompt's response nor what is torn is taken for its own: both are asked for anew.
+        assert await references.response(to_prompt("a question of Ada's")) == "answer 3"
+        assert await references.response(to_prompt("another")) == "answer 4"
+        assert await references.response(to_prompt("another")) == "answer 4"
+    finally:
+        references.close()
+
+
+def _bytes_in(folder: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in folder.iterdir())
+
+
+def _rows(path: Path) -> list[tuple[bytes]]:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        return database.execute("SELECT response FROM sealed ORDER BY rowid").fetchall()
 
 
 def test_what_a_version_said_is_known_while_it_is_live() -> None:
