@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container
+from collections.abc import Container, Mapping
 
 from thumbwheel.v1.events_pb2 import GenerationEvent
 
@@ -23,6 +23,14 @@ def is_forgotten(event: GenerationEvent, hashes: Container[bytes]) -> bool:
     if user_hash(event.tenant, event.user_id) in hashes:
         return True
     return not event.user_id and prompt_hash(event.tenant, event.generation.prompt_id) in hashes
+
+
+def is_expired(event: GenerationEvent, finished_before: Mapping[str, int]) -> bool:
+    """Whether a generation is older than its tenant lets it be kept: by tenant, "" for every other one, microseconds
+    since the epoch.
+    """
+    before = finished_before.get(event.tenant, finished_before.get("", 0))
+    return event.HasField("finished_at") and event.finished_at.ToMicroseconds() < before
 
 
 def _hash(kind: str, tenant: str, id: str) -> bytes:

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import TypeVar
 
@@ -22,7 +22,6 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from services.policy.spool import Entry, Row, Spool
 from thumbwheel import errors, tracing
-from thumbwheel.forgotten import is_forgotten
 from thumbwheel.stream import topics
 from thumbwheel.stream.log import Headers, Log, LossDetector, Position, Producer
 from thumbwheel.v1.events_pb2 import GenerationEvent
@@ -107,17 +106,17 @@ class Recorder:
             except errors.ThumbwheelError as error:
                 logger.warning("generation events stay on disk: %s", error)
 
-    async def forget(self, hashes: Container[bytes]) -> int:
-        """Erases events that are `forgotten.is_forgotten`, wherever they are kept here. Returns how many.
+    async def erase(self, doomed: Callable[[GenerationEvent], bool]) -> int:
+        """Erases events wherever they are kept here. Returns how many.
 
         Raises `errors.NoSpace` and `errors.Unavailable`.
         """
-        kept = [one for one in self._memory if not is_forgotten(one[0], hashes)]
+        kept = [one for one in self._memory if not doomed(one[0])]
         erased = len(self._memory) - len(kept)
         self._memory = deque(kept)
         # After what is being written now: one thread writes.
         erased += await self._on_disk(
-            lambda: self._spool.erase(lambda value: is_forgotten(GenerationEvent.FromString(value), hashes))
+            lambda: self._spool.erase(lambda value: doomed(GenerationEvent.FromString(value)))
         )
         self._levels()
         return erased

@@ -15,6 +15,7 @@ from services.policy.bulk import Bulk
 from services.policy.generating import Asked, Generating
 from thumbwheel import errors, serving, tracing
 from thumbwheel.calls import MAX_MESSAGE_BYTES
+from thumbwheel.forgotten import is_expired, is_forgotten
 from thumbwheel.v1 import policy_pb2 as pb
 from thumbwheel.v1.policy_pb2_grpc import PolicyServiceServicer
 
@@ -108,7 +109,12 @@ class PolicyService(PolicyServiceServicer):
         self, request: pb.ForgetGenerationsRequest, context: Context
     ) -> pb.ForgetGenerationsResponse:
         """Returns when nothing of them is left in a file of this server."""
-        return pb.ForgetGenerationsResponse(erased=await self._generating.recorder.forget(set(request.hashes)))
+        hashes = set(request.hashes)
+        before = {tenant: time.ToMicroseconds() for tenant, time in request.finished_before.items()}
+        erased = await self._generating.recorder.erase(
+            lambda event: is_forgotten(event, hashes) or is_expired(event, before)
+        )
+        return pb.ForgetGenerationsResponse(erased=erased)
 
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: Context) -> pb.GetPolicyResponse:
         """What is live here, and since when."""

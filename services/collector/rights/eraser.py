@@ -130,6 +130,8 @@ class Eraser:
         before = self._tenants.defaults.expired_before(now)
         if before:
             await self._database.write(partial(erasure.expire_dead_letters, before=before))
+        if expired := await self._spools.expire(self._tenants.expired_before(now)):
+            logger.info("erased what policy servers kept too long", extra={"generations": expired})
 
     async def _finish(self) -> None:
         pending = await self._database.read(_pending)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -43,20 +43,35 @@ class Spools:
 
         Raises `errors.Unavailable` where one does not answer: what it keeps may still be there.
         """
+        some = (hashes[start : start + HASHES_A_CALL] for start in range(0, len(hashes), HASHES_A_CALL))
+        return await self._everywhere([ForgetGenerationsRequest(hashes=each) for each in some])
+
+    async def expire(self, finished_before: Mapping[str, int]) -> int:
+        """Erases what is older than `Tenants.expired_before` says on every server. Returns how much.
+
+        Raises as `erase`.
+        """
+        if not finished_before:
+            return 0
+        request = ForgetGenerationsRequest()
+        for tenant, micros in finished_before.items():
+            request.finished_before[tenant].FromMicroseconds(micros)
+        return await self._everywhere([request])
+
+    async def _everywhere(self, requests: Sequence[ForgetGenerationsRequest]) -> int:
         erased = 0
         for address in self.addresses:
             for server in await _servers(address):
-                erased += await self._erase(address, server, hashes)
+                erased += await self._ask(address, server, requests)
         return erased
 
-    async def _erase(self, address: str, server: str, hashes: Sequence[bytes]) -> int:
+    async def _ask(self, address: str, server: str, requests: Sequence[ForgetGenerationsRequest]) -> int:
         name = split_address(address)[0]
         options = [("grpc.ssl_target_name_override", name), ("grpc.default_authority", name)] if self.tls else []
         erased = 0
         async with open_channel(server, tls=self.tls, options=options) as channel:
             stub = PolicyServiceStub(channel)
-            for start in range(0, len(hashes), HASHES_A_CALL):
-                request = ForgetGenerationsRequest(hashes=hashes[start : start + HASHES_A_CALL])
+            for request in requests:
                 try:
                     answer = await stub.ForgetGenerations(request, timeout=_CALL_SECONDS, metadata=self.metadata)
                 except grpc.aio.AioRpcError as error:

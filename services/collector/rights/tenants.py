@@ -60,6 +60,13 @@ class Tenants:
         days = [rules.retention_days for rules in (self.defaults, *self.named.values()) if rules.retention_days]
         return 86_400 * min(days, default=math.inf)
 
+    def expired_before(self, now: int) -> dict[str, int]:
+        """As `TenantRules.expired_before`, of each tenant that is named, and under "" of all others; empty where all is
+        kept.
+        """
+        found = {tenant: rules.expired_before(now) for tenant, rules in {"": self.defaults, **self.named}.items()}
+        return found if any(found.values()) else {}
+
     def __getitem__(self, tenant: str) -> TenantRules:
         """The rules of a tenant, named in the file or not."""
         return self.named.get(tenant, self.defaults)

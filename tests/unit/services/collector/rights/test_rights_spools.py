@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc.aio
@@ -13,32 +14,22 @@ import pytest
 
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
+from services.collector.outbox import now_micros
 from services.collector.rights.eraser import Eraser
 from services.collector.rights.spools import Spools
-from services.collector.rights.tenants import Tenants
+from services.collector.rights.tenants import TenantRules, Tenants
 from services.policy.recording import Recorder
+from services.policy.service import PolicyService
 from services.policy.spool import Spool
-from tests.servers import Service
 from tests.support import free_port
 from tests.unit.services.collector.parts import Deployment
 from tests.unit.services.collector.rights.test_rights_forget import arrive, asked_by, found_in, running
 from thumbwheel import errors
 from thumbwheel.stream import topics
 from thumbwheel.stream.memory import MemoryLog
-from thumbwheel.v1 import policy_pb2 as pb
 from thumbwheel.v1.policy_pb2_grpc import add_PolicyServiceServicer_to_server
 
 SECRETS = ("mine-spooled-51c9", "mine-arrived-77aa")
-
-
-class Policy(Service):
-    """A policy server's part in it."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
-
-    async def ForgetGenerations(self, request: pb.ForgetGenerationsRequest, context: Any) -> Any:
-        return pb.ForgetGenerationsResponse(erased=await self.recorder.forget(set(request.hashes)))
 
 
 @pytest.fixture
@@ -56,7 +47,9 @@ async def recorder(tmp_path: Path, log: MemoryLog) -> AsyncIterator[Recorder]:
 @contextlib.asynccontextmanager
 async def serving(recorder: Recorder, address: str) -> AsyncIterator[None]:
     server = grpc.aio.server()
-    add_PolicyServiceServicer_to_server(Policy(recorder), server)
+    without_engine: Any = SimpleNamespace(recorder=recorder)
+    nothing: Any = None
+    add_PolicyServiceServicer_to_server(PolicyService(without_engine, nothing, nothing, coalesce=0.0), server)
     server.add_insecure_port(address)
     await server.start()
     yield
@@ -106,3 +99,29 @@ async def test_a_user_whom_the_collector_never_saw_is_erased_from_spools(
     async with serving(recorder, address), running(eraser):
         await eraser.forget("default", "ann")
     assert found_in(settings.home, SECRETS) == set()
+
+
+async def test_what_its_tenant_lets_nobody_keep_longer_goes_from_spools_too(
+    database: Database, deployment: Deployment, settings: CollectorSettings, recorder: Recorder
+) -> None:
+    now, day = now_micros(), 86_400_000_000
+    for tenant, age, word in (
+        ("clinic", 31, "clinic-old"),
+        ("clinic", 29, "clinic-new"),
+        ("shop", 300, "shop-old"),
+        ("other", 91, "other-old"),
+        ("other", 89, "other-new"),
+    ):
+        event = asked_by(deployment, "ann", word)
+        event.tenant = tenant
+        event.finished_at.FromMicroseconds(now - age * day)
+        recorder.record(event)
+    await recorder.flush(timeout=0.2)
+    address = f"127.0.0.1:{free_port()}"
+    asked = settings.model_copy(update={"policies": address})
+    kept = {"clinic": TenantRules(retention_days=30.0), "shop": TenantRules()}
+    eraser = Eraser(database, asked, Tenants(TenantRules(retention_days=90.0), kept), lambda: None, Spools.of(asked))
+    async with serving(recorder, address):
+        await eraser.expire()
+    left = {"clinic-new", "shop-old", "other-new"}
+    assert {word for _, word in found_in(settings.home, [*left, "clinic-old", "other-old"])} == left
