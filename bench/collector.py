@@ -10,7 +10,8 @@ collector's beside. Peers, one round each beside each round of ours, once all of
     ack_vs_bare_*       the inbox's rows of that very round, through the database's driver, in commits as large as the
                         collector's were on average; no gRPC, no checks, no lookups, no library above the driver
     ack_vs_echo         a unary gRPC echo of the same messages, by the same clients
-    ack_p99_vs_commit   at half of that round's rate, requests at random times; the peer is one vote's row a commit
+    ack_p99_vs_commit   at half of that round's rate, requests at random times; the peer is one vote's row a commit.
+                        `echo_p99_vs_commit` is the same of the echo: what gRPC takes of it, with nothing made durable
     curated_vs_acked    votes recorded, joined and curated a second, from the first acknowledgement to the last event in
                         the outbox; the peer is the rate at which that round was acknowledged. On two cores the clients
                         go first, and most of it happens after the burst
@@ -231,14 +232,18 @@ class Bench:
         rate = self.rate / 2
         count = min(self.count, max(200, int(rate * 5)))
         self.written.rows()
-        _, latencies = send(self.service.process.address, SUBMIT, self.service.requests(count), rate)
+        file = self.service.requests(count)
+        _, latencies = send(self.service.process.address, SUBMIT, file, rate)
         self.service.until_recorded()
         commits = []
         for group in groups(self.written.rows(), 1):
             began = time.perf_counter()
             self.written.plain.commit(group)
             commits.append(time.perf_counter() - began)
-        self.ratios["latency"].add(1e3 * percentile(latencies, 0.99), 1e3 * percentile(commits, 0.99))
+        commit = 1e3 * percentile(commits, 0.99)
+        self.ratios["latency"].add(1e3 * percentile(latencies, 0.99), commit)
+        _, echoes = send(self.echo_address, ECHO, file, rate)
+        self.ratios["echo_latency"].add(1e3 * percentile(echoes, 0.99), commit)
 
     def publish(self) -> None:
         """Votes while the relay works, then all of the outbox after the broker's loss, then the same by a producer."""
@@ -312,6 +317,7 @@ def measure(database: str, count: int, runs: int) -> list[Ratio]:
         "bare": Ratio(f"ack_vs_bare_{database}", "acks/s", Target(least=0.5)),
         "echo": Ratio("ack_vs_echo", "acks/s", Target(least=0.6)),
         "latency": Ratio("ack_p99_vs_commit", "ms", Target(most=3.0)),
+        "echo_latency": Ratio("echo_p99_vs_commit", "ms"),
         "curated": Ratio(f"curated_vs_acked_{database}", "votes/s"),
         "relaying": Ratio("ack_while_relaying", "acks/s"),
         "relay": Ratio("relay_vs_bare", "events/s", Target(least=0.9)),
