@@ -21,6 +21,7 @@ from torch import Tensor
 
 from thumbwheel import errors
 from thumbwheel.heads import Heads
+from thumbwheel.v1.rollout_pb2 import ModelRole
 from trainer import batch as batches
 from trainer import inference, judge, lora, models, ranks, runtime, shards
 from trainer.background import Background
@@ -268,8 +269,9 @@ class Learner:
 
     def save(self, folder: Path, model: Path | None = None) -> Background:
         """Writes master weights, optimizer, random state and the objectives' states into `folder`, and the model, as
-        `write_model` does, into `model`, in the background; wait for the end of what it returns. Meanwhile the learner
-        may learn: its next step of the optimizer waits until all is read out of memory.
+        `write_model` does, into `model`, a policy's LoRA by itself below it too, in the background; wait for the end of
+        what it returns. Meanwhile the learner may learn: its next step of the optimizer waits until all is read out of
+        memory.
         """
         rank, files = ranks.rank(), 1 if self._engine.stage == 0 else ranks.count()
         self.wait_saved()
@@ -289,6 +291,9 @@ class Learner:
             try:
                 if model is not None and rank == 0 and not together:
                     self._write_whole(model)
+                    if self._settings.lora_rank and self._objective.role == ModelRole.MODEL_ROLE_POLICY:
+                        (model / lora.FOLDER).mkdir()
+                        lora.write_adapter(self._model, model / lora.FOLDER)
             except BaseException:
                 self._captured.set()
                 raise

@@ -8,6 +8,7 @@ weights swap it as any other version; `write_adapter` writes the matrices by the
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from torch import Tensor
 from trainer.config import LearningSettings
 
 _ADAPTER = "default"
+
+FOLDER = "adapter"
+"""Where a version's adapter lies, below the model that it is merged into."""
 
 
 def add(model: Any, settings: LearningSettings) -> None:
@@ -68,7 +72,7 @@ def write_adapter(model: Any, folder: Path) -> None:
     # As peft names them where it wraps a model; here they are put into it.
     named = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in matrices.items()}
     save_file(named, folder / "adapter_model.safetensors")
-    config = wanted.peft_config[_ADAPTER]
+    config = copy.copy(wanted.peft_config[_ADAPTER])
     config.inference_mode, config.task_type = True, "CAUSAL_LM"
     config.base_model_name_or_path = str(wanted.config.name_or_path)
     config.save_pretrained(folder)

@@ -453,8 +453,10 @@ class Task:
 
     def _write(self, made: Path, folder: Path, parent: str) -> None:
         """Fills a version's folder from a training checkpoint's."""
-        for file in (made / MODEL).iterdir():
-            publish.link(file, folder / file.name)
+        for file in sorted(path for path in (made / MODEL).rglob("*") if path.is_file()):
+            target = folder / file.relative_to(made / MODEL)
+            target.parent.mkdir(exist_ok=True)
+            publish.link(file, target)
         publish.copy_tokenizer(self._base, folder)
         shutil.copyfile(made / SAMPLES, folder / SAMPLES)
         publish.write_deltas(self._shared.store.root / parent, folder)

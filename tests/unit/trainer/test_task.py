@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import threading
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from thumbwheel.v1.events_pb2 import ComparisonState, VersionEvent
 from thumbwheel.v1.rollout_pb2 import ModelRole, VersionState
 from trainer import loop, publish
 from trainer.config import TaskName, TrainerSettings
-from trainer.models import load_scorer, sequence_score
+from trainer.models import load_causal, load_scorer, sequence_score
 from trainer.task import Shared, Task
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -124,6 +125,31 @@ def test_taking_turns_and_restarting_change_no_bit(name: TaskName, shared: Share
     for number in (1, 2, 3):
         expected = list(range(4 * number - 4, 4 * number))
         assert samples(shared, f"{name}-00000{number}") == samples(again, f"{name}-00000{number}") == expected
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_with_lora_a_version_is_published_whole_and_as_an_adapter(shared: Shared, resident: bool) -> None:
+    import torch
+    from peft import PeftModel
+
+    lora = dataclasses.replace(shared, settings=shared.settings.model_copy(update={"lora_rank": 2}))
+    rounds(lora, 1, resident=resident)
+    rounds(lora, 1, resident=resident)  # from the training checkpoint
+    base = shared.store.load("policy-000000").path
+    version = shared.store.load("policy-000002")
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} < {
+        f.path for f in version.manifest.files
+    }
+    config = json.loads((version.path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base)
+    adapted = PeftModel.from_pretrained(load_causal(base), str(version.path), subfolder="adapter").merge_and_unload()
+    weights, before = adapted.state_dict(), load_file(base / "model.safetensors")
+    merged = load_file(version.path / "model.safetensors")
+    for name, whole in merged.items():
+        torch.testing.assert_close(weights[name], whole, rtol=0.01, atol=0.002)
+    assert [name for name, whole in merged.items() if not torch.equal(whole, before[name])]
+    rounds(lora, 1, name="reward", resident=resident)
+    assert not [file.path for file in shared.store.load("reward-000001").manifest.files if "adapter" in file.path]
 
 
 def test_a_round_that_was_begun_is_learnt_again_from_the_same_samples_bit_for_bit(
