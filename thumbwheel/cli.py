@@ -6,92 +6,29 @@ Heavy libraries are imported inside the commands, so that `--help` answers at on
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import sys
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from thumbwheel import cli_collector, cli_data, cli_keys, cli_reward
+from thumbwheel import cli_collector, cli_data, cli_feedback, cli_keys, cli_reward
+from thumbwheel import cli_shared as shared
+from thumbwheel.cli_shared import Home, Json, User
 
 if TYPE_CHECKING:
-    from thumbwheel.client import AsyncClient, Choice
-    from thumbwheel.stack import Addresses, StackSettings
+    from thumbwheel.stack import StackSettings
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
 )
 model_app = typer.Typer(no_args_is_help=True, help="Base models.")
-feedback_app = typer.Typer(no_args_is_help=True, help="Say what you think of responses.")
 app.add_typer(model_app, name="model")
-app.add_typer(feedback_app, name="feedback")
+app.add_typer(cli_feedback.app, name="feedback")
 app.add_typer(cli_keys.app, name="keys")
 app.add_typer(cli_reward.app, name="reward")
 app.add_typer(cli_collector.app, name="collector")
-
-Home = Annotated[Path | None, typer.Option(envvar="THUMBWHEEL_HOME", help="Folder with the deployment's state.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-User = Annotated[str, typer.Option(help="Pseudonym of the user whose judgement it is.")]
-
-
-def _settings(home: Path | None, **given: Any) -> StackSettings:
-    from thumbwheel.stack import StackSettings
-
-    values = {name: value for name, value in {"home": home, **given}.items() if value is not None}
-    return StackSettings(**values)
-
-
-def _fail(error: Exception) -> NoReturn:
-    print(f"thumbwheel: {error}", file=sys.stderr)
-    raise typer.Exit(1) from error
-
-
-def _run(main: Coroutine[Any, Any, None]) -> None:
-    """Runs a command to its end; a known error is told in one line and ends it with status 1."""
-    import signal
-
-    from thumbwheel import errors
-
-    async def until_stopped() -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        # As Ctrl-C does: what is inside is left in order, and every part is stopped.
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        await main
-
-    try:
-        asyncio.run(until_stopped())
-    except errors.ThumbwheelError as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    except asyncio.CancelledError:
-        raise typer.Exit(143) from None
-
-
-def _client(home: Path | None) -> AsyncClient:
-    from thumbwheel.stack import read_addresses
-
-    return _client_at(read_addresses(_settings(home).home))
-
-
-def _client_at(at: Addresses, **options: Any) -> AsyncClient:
-    """A client with the API key and certificates that the environment names."""
-    from thumbwheel.channels import key_from_environment
-    from thumbwheel.client import AsyncClient
-    from thumbwheel.tls import ClientTls
-
-    return AsyncClient(
-        policy=at.policy,
-        reward=at.reward,
-        collector=at.collector,
-        api_key=key_from_environment(),
-        tls=ClientTls.from_environment(),
-        **options,
-    )
 
 
 @app.command()
@@ -110,7 +47,7 @@ def up(
     """
     from thumbwheel.stack import Stack
 
-    settings = _settings(home, base_port=base_port, kafka=kafka, model=model, serve_reference=reference)
+    settings = shared.settings(home, base_port=base_port, kafka=kafka, model=model, serve_reference=reference)
 
     async def main(settings: StackSettings) -> None:
         from rich.console import Console
@@ -125,12 +62,12 @@ def up(
                     f"[bold]Thumbwheel is up[/]: policy {at.policy}, reward {at.reward}, collector {at.collector}"
                 )
                 console.print(f"state in {settings.home}, logs in {settings.logs_path}; Ctrl-C stops it")
-                async with _client_at(at, timeout=5.0) as client:
+                async with shared.client_at(at, timeout=5.0) as client:
                     while True:
                         spinner.update((await read_status(client, at)).line())
                         await asyncio.sleep(1.0)
 
-    _run(main(settings))
+    shared.run(main(settings))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -145,7 +82,7 @@ def demo(context: typer.Context) -> None:
 
         await run(settings)
 
-    _run(main())
+    shared.run(main())
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -161,11 +98,11 @@ def train(context: typer.Context, home: Home = None) -> None:
 
     arguments = list(context.args)
     if not any(argument.partition("=")[0] in ("--data", "--help") for argument in arguments):
-        settings = _settings(home)
+        settings = shared.settings(home)
         try:
             at = read_addresses(settings.home)
         except errors.ThumbwheelError as error:
-            _fail(error)
+            shared.fail(error)
         given = {"--home": str(settings.home), "--bootstrap-servers": at.kafka}
         given |= {"--policy": at.policy, "--reward": at.reward}
         arguments = [part for pair in given.items() for part in pair] + arguments
@@ -185,7 +122,7 @@ def model_fetch(
     try:
         print(fetch(model, cache or DEFAULT_CACHE, progress=sys.stderr.isatty()))
     except errors.ThumbwheelError as error:
-        _fail(error)
+        shared.fail(error)
 
 
 @app.command()
@@ -207,7 +144,7 @@ def generate(
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
 
     async def main() -> None:
-        async with _client(home) as client:
+        async with shared.client(home) as client:
             if n > 1:
                 shown = list((await client.candidates(prompt, n=n, sampling=sampling, user_id=user)).candidates)
             else:
@@ -217,7 +154,7 @@ def generate(
                         shown.append(piece)
                     elif not as_json:
                         print(piece.text, end="", flush=True)
-        _remember(_settings(home).home, shown)
+        cli_feedback.remember(shared.settings(home).home, shown)
         if as_json:
             fields = [MessageToDict(generation, preserving_proto_field_name=True) for generation in shown]
             print(json.dumps(fields, ensure_ascii=False))
@@ -231,144 +168,7 @@ def generate(
         ask = "thumbwheel feedback compare a" if n == 2 else "thumbwheel feedback thumb up"
         print(f"[{' '.join(versions)}] judge it: {ask}", file=sys.stderr)
 
-    _run(main())
-
-
-LAST_SHOWN = "last-shown.json"
-
-
-def _remember(home: Path, shown: list[Any]) -> None:
-    """Keeps what was last shown, with its receipts, for `thumbwheel feedback`."""
-    from google.protobuf.json_format import MessageToDict
-
-    home.mkdir(parents=True, exist_ok=True)
-    (home / LAST_SHOWN).write_text(json.dumps([MessageToDict(generation) for generation in shown]))
-
-
-def _last_shown(home: Path | None, count: int) -> list[Any]:
-    from google.protobuf.json_format import ParseDict
-
-    from thumbwheel import errors
-    from thumbwheel.v1.policy_pb2 import Generation
-
-    path = _settings(home).home / LAST_SHOWN
-    with contextlib.suppress(FileNotFoundError):
-        shown = [ParseDict(fields, Generation()) for fields in json.loads(path.read_text())]
-        if len(shown) >= count:
-            return shown
-    again = "thumbwheel generate -n 2 'your question'" if count == 2 else "thumbwheel generate 'your question'"
-    _fail(errors.FailedPrecondition("Nothing has been shown to judge.", remedy=f"Type `{again}` first."))
-
-
-def _acknowledged(response: Any, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"feedback_id": response.feedback_id, "duplicate": response.duplicate}))
-    else:
-        print(f"recorded as {response.feedback_id}")
-
-
-@feedback_app.command("compare")
-def feedback_compare(
-    choice: Annotated[str, typer.Argument(help="a, b, tie or both_bad.")],
-    user: User = "cli",
-    home: Home = None,
-    as_json: Json = False,
-) -> None:
-    """Say which of the two candidates shown last is better."""
-    from typing import cast
-
-    if choice not in ("a", "b", "tie", "both_bad"):
-        raise typer.BadParameter("must be a, b, tie or both_bad", param_hint="CHOICE")
-    a, b, *_ = _last_shown(home, 2)
-
-    async def main() -> None:
-        async with _client(home) as client:
-            _acknowledged(await client.compare(a, b, cast("Choice", choice), user_id=user), as_json)
-
-    _run(main())
-
-
-@feedback_app.command("thumb")
-def feedback_thumb(
-    direction: Annotated[str, typer.Argument(help="up or down.")],
-    user: User = "cli",
-    home: Home = None,
-    as_json: Json = False,
-) -> None:
-    """A thumb for the response shown last."""
-    if direction not in ("up", "down"):
-        raise typer.BadParameter("must be up or down", param_hint="DIRECTION")
-    shown = _last_shown(home, 1)[0]
-
-    async def main() -> None:
-        async with _client(home) as client:
-            _acknowledged(await client.thumb(shown, up=direction == "up", user_id=user), as_json)
-
-    _run(main())
-
-
-@feedback_app.command("edit")
-def feedback_edit(
-    text: Annotated[str, typer.Argument(help="The better answer.")],
-    user: User = "cli",
-    home: Home = None,
-    as_json: Json = False,
-) -> None:
-    """A better answer than the response shown last."""
-    shown = _last_shown(home, 1)[0]
-
-    async def main() -> None:
-        async with _client(home) as client:
-            _acknowledged(await client.edit(shown, text, user_id=user), as_json)
-
-    _run(main())
-
-
-@feedback_app.command("comment")
-def feedback_comment(
-    text: Annotated[str, typer.Argument(help="What you want to say.")],
-    user: User = "cli",
-    home: Home = None,
-    as_json: Json = False,
-) -> None:
-    """Words about the response shown last."""
-    shown = _last_shown(home, 1)[0]
-
-    async def main() -> None:
-        async with _client(home) as client:
-            _acknowledged(await client.comment(shown, text, user_id=user), as_json)
-
-    _run(main())
-
-
-@feedback_app.command("list")
-def feedback_list(
-    state: Annotated[str | None, typer.Option(help="Such as accepted, apart, quarantined.")] = None,
-    reason: Annotated[str, typer.Option(help="Such as tie, cycle, over_user_cap.")] = "",
-    user: Annotated[str, typer.Option(help="Of this user only.")] = "",
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many, the newest.")] = 20,
-    home: Home = None,
-) -> None:
-    """Say where feedback stands and why, newest first, as JSON lines."""
-    from google.protobuf.json_format import MessageToDict
-
-    from thumbwheel.v1.preference_pb2 import FeedbackState, ListFeedbackRequest
-
-    names = {name.removeprefix("FEEDBACK_STATE_").lower(): value for name, value in FeedbackState.items() if value}
-    if state is not None and state not in names:
-        raise typer.BadParameter(f"must be one of {', '.join(names)}", param_hint="--state")
-    states = [] if state is None else [names[state]]
-    request = ListFeedbackRequest(states=states, reason=reason, user_id=user, page_size=limit)
-
-    async def main() -> None:
-        async with _client(home) as client:
-            for record in (await client.list_feedback(request)).records:
-                told = MessageToDict(record, preserving_proto_field_name=True)
-                told["kind"] = record.feedback.WhichOneof("kind")
-                told["user"] = told.pop("feedback")["user_id"]  # what was said is long, and holds receipts
-                print(json.dumps(told, ensure_ascii=False))
-
-    _run(main())
+    shared.run(main())
 
 
 @app.command()
@@ -383,13 +183,13 @@ def versions(home: Home = None, as_json: Json = False) -> None:
     from thumbwheel.checkpoints.store import LocalStore
     from thumbwheel.v1.rollout_pb2 import ModelRole
 
-    settings = _settings(home)
+    settings = shared.settings(home)
     try:
         store = LocalStore(settings.store_path, ManifestVerifier.load(settings.keys_path))
         roles = (ModelRole.MODEL_ROLE_POLICY, ModelRole.MODEL_ROLE_REWARD)
         manifests = [manifest for role in roles for manifest in store.versions(role)]
     except errors.ThumbwheelError as error:
-        _fail(error)
+        shared.fail(error)
     if as_json:
         print(json.dumps([MessageToDict(manifest, preserving_proto_field_name=True) for manifest in manifests]))
         return
@@ -412,18 +212,18 @@ def status(home: Home = None, as_json: Json = False) -> None:
         from thumbwheel.stack import read_addresses
         from thumbwheel.status import read_status
 
-        at = read_addresses(_settings(home).home)
-        async with _client(home) as client:
+        at = read_addresses(shared.settings(home).home)
+        async with shared.client(home) as client:
             now = await read_status(client, at)
         print(json.dumps(now.to_json()) if as_json else now.line())
         if now.away:
             part, reason = sorted(now.away.items())[0]
             raise errors.Unavailable(f"{part} is away: {reason}", remedy="Type `thumbwheel up`.")
 
-    _run(main())
+    shared.run(main())
 
 
-cli_data.register(app, _run)
+cli_data.register(app)
 
 
 def main() -> None:

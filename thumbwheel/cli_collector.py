@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
+
+from thumbwheel.cli_shared import Home, fail
 
 if TYPE_CHECKING:
     from services.collector.config import CollectorSettings
@@ -19,7 +20,6 @@ T = TypeVar("T")
 
 app = typer.Typer(no_args_is_help=True, help="The record of feedback: replay, backup, guidelines, trust.")
 
-Home = Annotated[Path | None, typer.Option(envvar="THUMBWHEEL_HOME", help="Folder with the deployment's state.")]
 Url = Annotated[str | None, typer.Option("--database", envvar="THUMBWHEEL_DATABASE", help="SQLAlchemy URL.")]
 Tenant = Annotated[str, typer.Option(help="Whose it is.")]
 
@@ -40,8 +40,7 @@ def _run(home: Path | None, url: str | None, work: Callable[[Database, Collector
     try:
         return asyncio.run(main())
     except errors.ThumbwheelError as error:
-        print(f"thumbwheel: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+        fail(error)
 
 
 @app.command()

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,16 +17,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from thumbwheel.calls import DEFAULT_TENANT
+from thumbwheel.cli_shared import Home, Json, run
 
 if TYPE_CHECKING:
     from services.collector.config import CollectorSettings
     from services.collector.database import Database
     from services.collector.exchange.report import Refusals
 
-Run = Callable[[Coroutine[Any, Any, None]], None]
-
 Tenant = Annotated[str, typer.Option(help="Whose data it is.")]
-Home = Annotated[Path | None, typer.Option(envvar="THUMBWHEEL_HOME", help="Folder with the deployment's state.")]
 DatabaseUrl = Annotated[
     str | None, typer.Option("--database", help="SQLAlchemy URL of the collector's database; left out: in the home.")
 ]
@@ -34,13 +32,12 @@ TenantsFile = Annotated[
     Path | None,
     typer.Option("--tenants", help="TOML file with the tenants' rules; left out: tenants.toml in the home."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 FORMATS = ("trl", "trl-unpaired", "trl-chat", "hh", "openrlhf")
 
 
-def register(app: typer.Typer, run: Run) -> None:
-    """Adds the commands. `run` runs one to its end and tells errors."""
+def register(app: typer.Typer) -> None:
+    """Adds the commands."""
 
     @app.command("export")
     def export(

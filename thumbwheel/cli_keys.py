@@ -7,18 +7,16 @@ import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from thumbwheel import apikeys, errors
 from thumbwheel.calls import DEFAULT_TENANT
+from thumbwheel.cli_shared import Home, Json, fail
 from thumbwheel.config import Settings
 
 app = typer.Typer(no_args_is_help=True, help="API keys.")
-
-Home = Annotated[Path | None, typer.Option(envvar="THUMBWHEEL_HOME", help="Folder with the deployment's state.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _folder(home: Path | None) -> Path:
@@ -37,7 +35,7 @@ def create(
     try:
         key, text = apikeys.create(_folder(home), scopes=scope, tenant=tenant, days=days)
     except errors.ThumbwheelError as error:
-        _fail(error)
+        fail(error)
     if as_json:
         print(json.dumps({"id": key.id, "key": text}))
     else:
@@ -51,7 +49,7 @@ def listed(home: Home = None, as_json: Json = False) -> None:
     try:
         keys = apikeys.listed(_folder(home))
     except errors.ThumbwheelError as error:
-        _fail(error)
+        fail(error)
     now = datetime.now(UTC)
     if as_json:
         shown = [{**asdict(key), "state": key.state(now)} for key in keys]
@@ -76,10 +74,5 @@ def revoke(
     try:
         key = apikeys.revoke(_folder(home), id)
     except errors.ThumbwheelError as error:
-        _fail(error)
+        fail(error)
     print(f"key {key.id} of tenant {key.tenant} is revoked")
-
-
-def _fail(error: Exception) -> NoReturn:
-    print(f"thumbwheel: {error}", file=sys.stderr)
-    raise typer.Exit(1) from error
