@@ -27,8 +27,8 @@ from thumbwheel import errors, files, tracing
 from thumbwheel.auth import ManifestSigner
 from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion, version_name
 from thumbwheel.stream.log import Log, Producer, TopicPartition
-from thumbwheel.v1.rollout_pb2 import CheckpointManifest, Lineage, ModelRole, Probe
-from trainer import feed, guards, losses, metrics, publish
+from thumbwheel.v1.rollout_pb2 import CheckpointManifest, ModelRole
+from trainer import feed, guards, lineage, losses, metrics, publish
 from trainer.background import Background
 from trainer.buffer import Buffer
 from trainer.checkpoint import TrainingCheckpoints
@@ -42,7 +42,7 @@ from trainer.replay import Replay
 from trainer.reward.watch import RewardWatch
 from trainer.samples import Demonstration, Kind, Sample, Tokens
 from trainer.staleness import sequence as version_number
-from trainer.state import Outlook, State, ranges
+from trainer.state import Outlook, State
 from trainer.watch import Watch
 
 if TYPE_CHECKING:
@@ -464,37 +464,21 @@ class Task:
     def _manifest(
         self, state: State, samples: Sequence[Sample], ids: str, measured: dict[str, float]
     ) -> CheckpointManifest:
-        role, settings = self._objective.role, self._shared.settings
-        manifest = CheckpointManifest(
+        settings, base, role = self._shared.settings, self._base.manifest, self._objective.role
+        made = CheckpointManifest(
             version=state.version,
             role=role,
-            sequence=int(state.version.rpartition("-")[2]),
+            sequence=version_number(state.version),
             parent=self._state.version,
-            base_model=self._base.manifest.base_model,
-            lineage=Lineage(
-                objective=self._objective.name,
-                settings=self._objective.settings() | _lineage_settings(settings, self.name),
-                offsets=ranges(self._state, state),
-                sample_count=len(samples),
-                samples_sha256=files.sha256_bytes(ids.encode()),
-                reference_version=self._base.manifest.version if self._objective.needs_reference else "",
-                reward_version=feed.reward_version(samples),
-                code_version=publish.code_version(),
-                steps=state.steps,
-                retracted_sample_ids=self._retracted,
-            ),
+            base_model=base.base_model,
+            lineage=lineage.of(self._objective, settings, self.name, self._state, state, samples, base.version),
             metrics=measured,
+            probes=[lineage.probe(self._shared.team, self._encoder.tokenizer, role)],
         )
-        manifest.created_at.GetCurrentTime()
-        if role == ModelRole.MODEL_ROLE_POLICY:
-            prompt, continuation = publish.probe_tokens(self._encoder.tokenizer)
-            logprobs = self._shared.team.probe(prompt, continuation)
-            manifest.probes.append(Probe(prompt_token_ids=prompt, token_ids=continuation, logprobs=logprobs))
-        else:
-            prompt, response = publish.scored_probe_tokens(self._encoder.tokenizer)
-            score = self._shared.team.probe_score([*prompt, *response])
-            manifest.probes.append(Probe(prompt_token_ids=prompt, token_ids=response, score=score))
-        return manifest
+        made.lineage.samples_sha256 = files.sha256_bytes(ids.encode())
+        made.lineage.retracted_sample_ids.extend(self._retracted)
+        made.created_at.GetCurrentTime()
+        return made
 
     @contextmanager
     def _phase(self, phase: str) -> Iterator[None]:
@@ -508,19 +492,3 @@ def _objective(name: TaskName, settings: TrainerSettings) -> Mixture:
 
 def _role(name: TaskName) -> ModelRole.ValueType:
     return ModelRole.MODEL_ROLE_POLICY if name == "policy" else ModelRole.MODEL_ROLE_REWARD
-
-
-def _lineage_settings(settings: TrainerSettings, task: TaskName) -> dict[str, str]:
-    names: tuple[str, ...] = (
-        "epochs",
-        "batch_size",
-        "warmup_steps",
-        "weight_decay",
-        "adam_beta1",
-        "adam_beta2",
-        "adam_epsilon",
-    )
-    names += ("max_grad_norm", "max_length", "micro_batch_tokens", "seed", "zero_stage", "lora_rank", "lora_alpha")
-    return {name: str(getattr(settings, name)) for name in names} | {
-        "learning_rate": repr(settings.learning_rate(task))
-    }
