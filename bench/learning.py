@@ -2,8 +2,8 @@
 
 Two kinds of runs, on SmolLM2-135M-Instruct and the simulated users of the demo ("concise"):
 
-    offline    the same pairs or thumbs, seed and steps by us and by TRL; judged on held-out preferences: the share of
-               held-out pairs whose better response gained more probability than the worse
+    offline    the same pairs, thumbs or rollouts, seed and steps by us and by TRL; judged on held-out preferences: the
+               share of held-out pairs whose better response gained more probability than the worse
     online     round after round, the policy answers, users judge or score, it learns; judged on held-out prompts: how
                often its answer wins against the one of the model that it began from, beside KL, reward and length
 
@@ -27,18 +27,21 @@ from typing import Any
 
 from bench.harness import progress
 
+KL_WEIGHT = 0.05
+"""Of the KL to the reference, where an objective has it."""
+
 ONLINE = {
     "dpo": ("dpo", {}),
     "kto": ("kto", {}),
-    "ppo": ("ppo", {"kl_weight": 0.05}),
-    "grpo": ("grpo", {"kl_weight": 0.05}),
-    "rloo": ("rloo", {"kl_weight": 0.05}),
+    "ppo": ("ppo", {"kl_weight": KL_WEIGHT}),
+    "grpo": ("grpo", {"kl_weight": KL_WEIGHT}),
+    "rloo": ("rloo", {"kl_weight": KL_WEIGHT}),
     "dpo_sft": ("dpo+0.2*sft", {}),
-    "ppo_without_baseline": ("ppo", {"kl_weight": 0.05, "reference_baseline": False}),
+    "ppo_without_baseline": ("ppo", {"kl_weight": KL_WEIGHT, "reference_baseline": False}),
 }
 """Online runs: the objective, and settings of the learner."""
 
-OFFLINE = ("dpo", "ipo", "kto")
+OFFLINE = ("dpo", "ipo", "kto", "grpo", "rloo")
 """Objectives that are run offline, each by us and by TRL."""
 
 

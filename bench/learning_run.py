@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.learning import ONLINE, mean
+from bench.learning import KL_WEIGHT, ONLINE, mean
 from trainer import runtime
 
 TOKENS = 80
@@ -187,6 +187,8 @@ def offline(world: World, name: str, side: str, count: int, output: Path) -> dic
     """The same data, seed and steps; judged by the same measure."""
     data = _pairs(world, count, output)
     train, held_out = data[:count], data[count:]
+    if name in ("grpo", "rloo"):
+        train = groups(train)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         if side == "ours":
@@ -230,13 +232,23 @@ def thumbs(pairs: Sequence[Any]) -> list[Any]:
     ]
 
 
+def groups(pairs: Sequence[Any]) -> list[Any]:
+    """Both responses of a pair as rollouts: 1 for the better one, 0 for the other."""
+    from trainer.samples import Group, Rollout
+
+    return [
+        Group(id=p.id, prompt=p.prompt, rollouts=(Rollout(p.chosen, reward=1.0), Rollout(p.rejected, reward=0.0)))
+        for p in pairs
+    ]
+
+
 def _learn_ours(world: World, name: str, pairs: Sequence[Any], folder: Path) -> None:
     from thumbwheel.v1.rollout_pb2 import ModelRole
     from trainer import losses
     from trainer.inference import reference_logprobs
     from trainer.learner import Learner
 
-    chosen = settings(seed=world.seed)
+    chosen = settings(seed=world.seed, kl_weight=KL_WEIGHT)
     objective = losses.objective(name, ModelRole.MODEL_ROLE_POLICY, chosen)
     samples = thumbs(pairs) if name == "kto" else list(pairs)
     learner = Learner(objective, world.base, chosen, learning_rate=RATE)
