@@ -257,6 +257,19 @@ FEEDBACK = [
         [
             VERDICTS,
             Panel(
+                "Vote rate",
+                "percentunit",
+                [
+                    (
+                        "sum by (kind) (increase(thumbwheel_collector_verdicts_total[1h])) "
+                        "/ scalar(sum(increase(thumbwheel_collector_generations_total[1h])))",
+                        "{{kind}}",
+                    )
+                ],
+                "Thumbs and comparisons to a response that people were shown, of the last hour. Who votes is "
+                "self-selected: the fewer do, the less their thumbs say of the others.",
+            ),
+            Panel(
                 "Where it came to stand",
                 "short",
                 [(rate("thumbwheel_collector_feedback_total", "kind, state"), "{{kind}} {{state}}")],

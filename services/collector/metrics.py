@@ -47,7 +47,10 @@ COMMIT_WRITES = Histogram(
     "Pieces of feedback that were made durable together.",
     buckets=(1, 2, 4, 8, 16, 32, 64, 128),
 )
-GENERATIONS = Counter("thumbwheel_collector_generations_total", "Generations taken from the stream, repeats included.")
+GENERATIONS = Counter(
+    "thumbwheel_collector_generations_total",
+    "Generations taken from the stream that people were shown, repeats included.",
+)
 DEAD_LETTERS = Counter("thumbwheel_collector_dead_letters_total", "Records of the stream that could not be used.")
 PUBLISHED = Counter("thumbwheel_collector_published_total", "Events that the broker acknowledged.", ["topic"])
 PUBLISH_REFUSED = Counter(

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from functools import partial
 
 import pytest
+from prometheus_client import REGISTRY
 from sqlalchemy import Connection, func, select
 
 from services.collector import outbox, tables
@@ -71,10 +72,12 @@ async def test_what_is_generated_in_bulk_is_passed_by(
 ) -> None:
     rollout, shown = deployment.generation("rollout"), deployment.generation("shown")
     rollout.bulk = True
+    before = REGISTRY.get_sample_value("thumbwheel_collector_generations_total") or 0.0
     publish(log, rollout, shown, rollout)
     async with running(database, log, settings):
         await eventually(partial(consumed, database), lambda count: count == 3)
     assert await stored(database) == {shown.event_id: shown}
+    assert REGISTRY.get_sample_value("thumbwheel_collector_generations_total") == before + 1, "the vote rate's base"
 
 
 async def test_late_generations_join_what_was_held(
