@@ -11,8 +11,11 @@ from services.collector.config import CollectorSettings
 from services.collector.database import Database
 from tests.unit.services.collector import parts
 from tests.unit.services.collector.parts import Deployment
+from tests.unit.services.collector.served import client, hands_off
 from thumbwheel.stream import topics
 from thumbwheel.stream.memory import MemoryLog
+
+__all__ = ["client", "hands_off"]
 
 
 @pytest.fixture

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import random
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +17,22 @@ from grpc_status import rpc_status
 from prometheus_client import REGISTRY
 from sqlalchemy import Connection
 
-from services.collector import metrics, outbox, tables
-from services.collector.asking import Asking
-from services.collector.clerk import Clerk
+from services.collector import metrics, outbox
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
-from services.collector.door import Door
-from services.collector.rights.eraser import Eraser
-from services.collector.rights.tenants import Tenants
-from services.collector.rules import Rules
-from services.collector.service import Preferences, refusal
+from services.collector.service import refusal
 from services.collector.sqlite import WRITES_INBOX
-from services.collector.submission import Checker
-from services.collector.taking import Taking
 from tests.unit.services.collector import parts
-from tests.unit.services.collector.parts import TIE, A, B, Deployment, curator_of, eventually, store
-from thumbwheel import errors, serving
+from tests.unit.services.collector.parts import TIE, A, B, Deployment, eventually, store
+from tests.unit.services.collector.served import OTHER_TENANT, Client, counter, refused, working
+from thumbwheel import errors
 from thumbwheel.client import AsyncClient
 from thumbwheel.stream import topics
-from thumbwheel.v1 import preference_pb2_grpc
 from thumbwheel.v1.events_pb2 import ComparisonEvent
 from thumbwheel.v1.preference_pb2 import (
     Comparison,
     Feedback,
     FeedbackState,
-    ForgetRequest,
     GetFeedbackRequest,
     GetGuidelinesRequest,
     ListFeedbackRequest,
@@ -57,82 +44,6 @@ from thumbwheel.v1.preference_pb2 import (
     SubmitFeedbackRequest,
     ThumbValue,
 )
-
-OTHER_TENANT = ((serving.TENANT_KEY, "other"),)
-
-
-class Client:
-    """The stub, the second stage, and how often the relay was woken."""
-
-    work: Clerk
-    eraser: Eraser
-
-    def __init__(self, channel: grpc.aio.Channel, address: str, database: Database) -> None:
-        self.address = address
-        self.stub = preference_pb2_grpc.PreferenceServiceStub(channel)
-        self.woken = 0
-        self._database = database
-
-    async def recorded(self) -> None:
-        """Returns when all that was acknowledged is recorded."""
-        await eventually(partial(self._database.read, outbox.levels), lambda levels: levels.unrecorded == 0)
-
-    def wake(self) -> None:
-        self.woken += 1
-
-
-@pytest.fixture
-async def hands_off(database: Database, deployment: Deployment, settings: CollectorSettings) -> AsyncIterator[Client]:
-    """A service whose second stage does nothing until `client.work.run` runs."""
-    server = grpc.aio.server()
-    port = server.add_insecure_port("127.0.0.1:0")
-    door = Door(database)
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        client = Client(channel, f"127.0.0.1:{port}", database)
-        client.work = Clerk(database, door, Taking(database, Rules()), client.wake, 0.05)
-        client.eraser = Eraser(database, settings, Tenants(), lambda: None, clerk=client.work)
-        asking = Asking(database, draw=random.Random(0))
-        checker = Checker(deployment.key, 1_000)
-        preferences = Preferences(
-            database, checker, curator_of(database), asking, client.eraser, door, client.work, client.wake, 5.0
-        )
-        preference_pb2_grpc.add_PreferenceServiceServicer_to_server(preferences, serving.guarded(server))
-        await server.start()
-        yield client
-    await server.stop(None)
-    await door.close()
-
-
-@pytest.fixture
-async def client(hands_off: Client) -> AsyncIterator[Client]:
-    """A service that records what it acknowledges."""
-    async with working(hands_off):
-        yield hands_off
-
-
-@contextlib.asynccontextmanager
-async def working(client: Client) -> AsyncIterator[None]:
-    """The second stage works in the body."""
-    task = asyncio.create_task(client.work.run())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
-        assert task.cancelled(), task.exception()
-
-
-@contextlib.asynccontextmanager
-async def refused(code: grpc.StatusCode) -> AsyncIterator[list[errors.ThumbwheelError]]:
-    caught: list[errors.ThumbwheelError] = []
-    with pytest.raises(grpc.aio.AioRpcError) as raised:
-        yield caught
-    assert raised.value.code() == code, raised.value.details()
-    caught.append(errors.from_rpc_error(raised.value))
-
-
-def counter(name: str, **labels: str) -> float:
-    return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
 async def test_feedback_is_taken_found_and_taken_back(
@@ -247,98 +158,6 @@ async def test_a_full_disk_says_what_to_do_and_passes(
     async with working(hands_off):
         await hands_off.recorded()
     assert (await database.read(outbox.levels)).unpublished == len(acked) + 1
-
-
-async def test_what_waits_is_found_listed_and_counted(
-    hands_off: Client, database: Database, deployment: Deployment
-) -> None:
-    a, b = deployment.pair()
-    await store(database, a, b)
-    old = await deployment.submit(database, parts.comment(a, "recorded at once"))
-    feedback = parts.comparison(a, b, key="k")
-    made = await hands_off.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=feedback))
-    levels = await database.read(outbox.levels)
-    assert (levels.unrecorded, levels.unpublished) == (1, 1)
-    [record] = (await hands_off.stub.GetFeedback(GetFeedbackRequest(feedback_ids=[made.feedback_id]))).records
-    assert (record.feedback, record.received_at, record.reason) == (feedback, made.received_at, "received")
-    assert record.state == FeedbackState.FEEDBACK_STATE_HELD
-
-    async def listed(**fields: Any) -> list[str]:
-        return [r.feedback_id for r in (await hands_off.stub.ListFeedback(ListFeedbackRequest(**fields))).records]
-
-    both = [made.feedback_id, old.record.feedback_id]
-    assert await listed() == both
-    assert await listed(page_size=1) == both[:1]
-    assert await listed(page_token=both[0]) == both[1:]
-    assert await listed(states=[FeedbackState.FEEDBACK_STATE_HELD]) == both[:1]
-    assert await listed(reason="received", user_id="ann") == both[:1]
-    assert await listed(reason="received", user_id="bob") == []
-    assert await listed(states=[FeedbackState.FEEDBACK_STATE_RECORDED]) == both[1:]
-    again = await hands_off.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=feedback))
-    assert (again.feedback_id, again.duplicate) == (made.feedback_id, True)
-    async with refused(grpc.StatusCode.ALREADY_EXISTS):
-        await hands_off.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=parts.comparison(a, b, B, key="k")))
-    async with working(hands_off):
-        await hands_off.recorded()
-        [record] = (await hands_off.stub.GetFeedback(GetFeedbackRequest(feedback_ids=[made.feedback_id]))).records
-        assert record.state == FeedbackState.FEEDBACK_STATE_ACCEPTED
-        again = await hands_off.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=feedback))
-        assert (again.feedback_id, again.duplicate) == (made.feedback_id, True)
-
-
-async def test_what_waits_is_retracted_once_it_is_recorded(hands_off: Client, deployment: Deployment) -> None:
-    feedback = parts.comparison(*deployment.pair())
-    made = await hands_off.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=feedback))
-    retraction = RetractRequest(feedback_id=made.feedback_id, user_id="ann")
-    retracting = asyncio.create_task(_awaited(hands_off.stub.Retract(retraction)))
-    async with working(hands_off):
-        assert (await retracting).record.state == FeedbackState.FEEDBACK_STATE_RETRACTED
-
-
-async def _awaited(call: Any) -> Any:
-    return await call
-
-
-async def test_what_waits_is_forgotten(
-    hands_off: Client, database: Database, deployment: Deployment, settings: CollectorSettings
-) -> None:
-    event = deployment.generation()
-    secret = "words-of-ann-4f1c"
-    request = SubmitFeedbackRequest(feedback=parts.comment(event, secret))
-    await hands_off.stub.SubmitFeedback(request)
-    await hands_off.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=parts.comment(event, "bob's", user="bob")))
-    assert [path for path in settings.home.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
-    erasing = asyncio.create_task(hands_off.eraser.run())
-    async with working(hands_off):
-        response = await hands_off.stub.Forget(ForgetRequest(user_id="ann"))
-        assert response.feedback_erased == 1
-        async with refused(grpc.StatusCode.FAILED_PRECONDITION):
-            await hands_off.stub.SubmitFeedback(request)
-        await hands_off.recorded()
-    erasing.cancel()
-    await asyncio.wait([erasing])
-    assert not [path for path in settings.home.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
-    assert [r.user_id for r in await database.read(lambda c: c.execute(tables.feedback.select()).all())] == ["bob"]
-
-
-async def test_forget_answers_when_it_is_done(client: Client, deployment: Deployment) -> None:
-    pair = deployment.pair()
-    await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=parts.comparison(*pair, key="k")))
-    running = asyncio.create_task(client.eraser.run())
-    nothing = await client.stub.Forget(ForgetRequest(user_id="ann"), metadata=OTHER_TENANT)
-    assert (nothing.feedback_erased, nothing.generations_erased) == (0, 0)
-    response = await client.stub.Forget(ForgetRequest(user_id="ann"))
-    assert (response.feedback_erased, response.generations_erased) == (1, 0)
-    assert response.stream_clean_at.ToMicroseconds() > response.erased_at.ToMicroseconds() > 0
-    async with refused(grpc.StatusCode.FAILED_PRECONDITION) as caught:
-        await client.stub.SubmitFeedback(SubmitFeedbackRequest(feedback=parts.comparison(*pair, key="k")))
-    assert "new pseudonym" in caught[0].remedy
-    async with refused(grpc.StatusCode.INVALID_ARGUMENT) as caught:
-        await client.stub.Forget(ForgetRequest())
-    assert isinstance(caught[0], errors.InvalidArgument)
-    assert caught[0].field == "user_id"
-    running.cancel()
-    await asyncio.wait([running])
 
 
 async def test_a_batch_says_what_became_of_each(client: Client, deployment: Deployment) -> None:
