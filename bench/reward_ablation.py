@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bench.reward_data import Data, load, path_given
-from bench.reward_model import train
+from bench.reward_model import OUTPUT, train
 from trainer import calibration
 
 
@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def measure(data: Data, name: str, variant: Mapping[str, Any], seed: int, epochs: int) -> dict[str, float]:
     """Trains one variant, and judges it."""
-    result = train(data, {"ours": variant}, seed=seed, epochs=epochs, label=name)["ours"]
+    result = train(data, {"ours": variant}, seed=seed, epochs=epochs, label=name, output=OUTPUT)["ours"]
     margins, longer = result.margins, np.array([float(pair.longer) for pair in data.heldout])
     ece, _ = calibration.cross_fitted_ece(margins)
     return {

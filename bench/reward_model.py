@@ -8,6 +8,9 @@ Both start from the default model's body, and see the same tokens, pairs a step,
 than fp32). What else they do is their own: TRL's rates fall to zero, and its head begins at random; here rates stay,
 lengths are balanced, scores are held near zero, the two responses of a pair share their prompt, and the head begins at
 zero. 300 pairs, chosen by hash, are held out. Steps take turns.
+
+What is trained is kept in `--output`, and what is there is not trained again: a run that was broken off goes on with
+the seed that it was at. Remove the folder after a change of what is measured.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import statistics
@@ -38,6 +42,7 @@ HEAD_LEARNING_RATE = 5e-4
 BATCH_SIZE = 16
 SETTLED = 2
 """Steps that are not timed: memory is filled for the first time."""
+OUTPUT = Path("bench-out/reward-model")
 WINDOW = 5
 """Steps that a ratio of speeds is taken over."""
 
@@ -56,6 +61,15 @@ class Trained:
         """Pairs a second, by window."""
         starts = range(SETTLED, max(SETTLED + 1, len(self.seconds) - WINDOW + 1), WINDOW)
         return [sum(self.pairs[at : at + WINDOW]) / sum(self.seconds[at : at + WINDOW]) for at in starts]
+
+    def to_json(self) -> dict[str, Any]:
+        """As `of` takes it."""
+        return {"seconds": self.seconds, "pairs": self.pairs, "scores": self.scores.tolist()}
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Trained:
+        """From a file."""
+        return cls(found["seconds"], found["pairs"], np.array(found["scores"]))
 
     @property
     def margins(self) -> Scores:
@@ -118,9 +132,9 @@ class Worker:
 
 
 def train(
-    data: Data, variants: Mapping[str, Mapping[str, Any]], *, seed: int, epochs: int, label: str
+    data: Data, variants: Mapping[str, Mapping[str, Any]], *, seed: int, epochs: int, label: str, output: Path
 ) -> dict[str, Trained]:
-    """Trains all variants, a step of each in turn."""
+    """Trains all variants, a step of each in turn, and leaves them in the folder `output`; or takes them from there."""
     common: dict[str, Any] = {
         "base": str(data.base),
         "train": [to_fields(pair) for pair in data.train],
@@ -132,11 +146,16 @@ def train(
         "head_learning_rate": HEAD_LEARNING_RATE,
         "settings": {},
     }
+    jobs = {name: Job(**{**common, **fields}) for name, fields in variants.items()}
+    told = json.dumps({name: dataclasses.asdict(job) for name, job in jobs.items()}, sort_keys=True)
+    kept = output / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
+    if kept.exists():
+        return {name: Trained.of(found) for name, found in json.loads(kept.read_text()).items()}
     steps = epochs * -(-len(data.train) // BATCH_SIZE)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         workers = {}
-        for name, fields in variants.items():
-            workers[name] = Worker(Job(**{**common, **fields}), Path(folder), name)
+        for name, job in jobs.items():
+            workers[name] = Worker(job, Path(folder), name)
             stack.callback(workers[name].stop)
         for step in range(steps):
             for name, worker in list(workers.items())[:: -1 if step % 2 else 1]:
@@ -145,7 +164,10 @@ def train(
         harness.progress(f"{label}: scoring", 1.0)
         for worker in workers.values():
             worker.finish()
-        return {name: worker.result for name, worker in workers.items()}
+        results = {name: worker.result for name, worker in workers.items()}
+    output.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps({name: result.to_json() for name, result in results.items()}))
+    return results
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -159,6 +181,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=0 if full else 600, help="pairs to learn from; 0 for all")
     parser.add_argument("--seeds", type=int, default=3 if full else 1)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of what was trained")
     arguments = parser.parse_args()
     data = load(path_given(), arguments.pairs)
     longer = np.array([float(pair.longer) for pair in data.heldout])
@@ -166,7 +189,8 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {"ours": [], "trl": []}
     for seed in range(arguments.seeds):
         variants = {who: {"who": who} for who in ("ours", "trl")}
-        trained = train(data, variants, seed=seed, epochs=arguments.epochs, label=f"seed {seed}")
+        label, output = f"seed {seed}", arguments.output
+        trained = train(data, variants, seed=seed, epochs=arguments.epochs, label=label, output=output)
         for rates in zip(trained["ours"].rates(), trained["trl"].rates(), strict=True):
             speed.add(*rates)
         for name, result in trained.items():
