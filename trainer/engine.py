@@ -12,6 +12,7 @@ of its master weights and moments. Training checkpoints are written and read by 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -26,6 +27,7 @@ from trainer.losses.base import ParameterGroup
 
 T = TypeVar("T")
 
+_EPSILON = 1e-6  # as PyTorch and DeepSpeed add to the norm
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
 
 
@@ -88,6 +90,9 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=_Anything(model), optimizer=optimizer, config=_config(settings, self.stage)
         )
+        if self.stage == 0:
+            self._engine.enable_backward_allreduce = self.ranks > 1  # alone it would copy all gradients for nothing
+            self._engine.optimizer.step = _stepping(self._engine.optimizer)
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         for state in self._state.values():
             state["step"].zero_()
@@ -230,6 +235,34 @@ class Engine:
         for parameter in self._parameters.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+
+
+def _stepping(optimizer: Any) -> Callable[[], bool]:
+    """A step for DeepSpeed's optimizer of stage 0, in place of its own, which reads the gradients three times more than
+    need be, and rounds them to bf16 before it takes their norm. Tells whether that is no number; nothing moves then.
+    """
+    weights = [weight for group in optimizer.fp16_groups for weight in group]
+    masters = [master for group in optimizer.fp32_groups for master in group]
+
+    @torch.no_grad()
+    def step() -> bool:
+        gradients = [weight.grad for weight in weights]
+        norm = optimizer._global_grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            skipped: bool = optimizer._skip_invalid_grad_norm()
+            return skipped
+        optimizer.overflow = False
+        if optimizer.clip_grad and (scale := optimizer.clip_grad / (norm + _EPSILON)) < 1.0:
+            torch._foreach_mul_(gradients, scale)
+        for weight, master, gradient in zip(weights, masters, gradients, strict=True):
+            weight.grad, master.grad = None, gradient
+        optimizer.optimizer.step()
+        for master in masters:
+            master.grad = None
+        torch._foreach_copy_(weights, masters)
+        return False
+
+    return step
 
 
 def _config(settings: LearningSettings, stage: int) -> dict[str, Any]:
