@@ -80,6 +80,9 @@ def prepare(threads: int) -> None:
     os.environ.setdefault("MASTER_PORT", "29500")
     _quiet_deepspeed()
     quiet_transformers()
+    # What the libraries made is there for good: `free_memory` need not look through it each time.
+    gc.collect()
+    gc.freeze()
 
 
 def _threads(wanted: int, on_gpu: bool) -> int:
