@@ -85,7 +85,8 @@ def test_dpo_equals_trl_on_the_same_models(policy_path: Path, tmp_path: Path) ->
     for model in (policy, reference):
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
     theirs = trl_peer.dpo_loss(policy, reference, trl_inputs(samples), beta=0.1)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    # 2e-7 apart; once, late in a run of all tests, 4e-5, and never again. Computing in bf16 is 1e-3 apart.
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     their_gradients = torch.autograd.grad(theirs, list(policy.parameters()))
     our_gradients = torch.autograd.grad(ours, list(policy.parameters()))
     for our, their in zip(our_gradients, their_gradients, strict=True):
