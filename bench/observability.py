@@ -26,12 +26,12 @@ import grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from bench import harness
+from bench.serving_processes import broker_with_topics
 from tests.support import free_port, make_tiny_llama
 from thumbwheel import errors
 from thumbwheel.auth import ManifestSigner, ManifestVerifier, create_keys
 from thumbwheel.checkpoints.store import LocalStore
 from thumbwheel.client import AsyncClient
-from thumbwheel.stream.broker import EmbeddedBroker
 from thumbwheel.v1.policy_pb2 import SamplingParams
 
 MODES = ("bare", "metrics", "traces")
@@ -175,7 +175,7 @@ def main() -> None:
         create_keys(home / "keys")
         store = LocalStore(home / "store", ManifestVerifier.load(home / "keys"))
         publish.ensure_base(model, store, ManifestSigner.load(home / "keys"))
-        with EmbeddedBroker(port=free_port(), log=home / "broker.log") as broker:
+        with broker_with_topics(home) as broker:
             service = Service(home, broker.bootstrap_servers, f"http://127.0.0.1:{port}")
             try:
                 found = asyncio.run(measure(service, given.rounds, given.seconds))

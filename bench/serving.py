@@ -35,10 +35,7 @@ from typing import Any
 from bench import harness
 from bench.harness import Ratio, Target
 from bench.serving_clients import Ask, Http, Load, Ours, Smg, load
-from bench.serving_processes import Policy, Server, grpc_server, http_server, policy_server
-from tests.support import free_port
-from thumbwheel.stream import open_log, topics
-from thumbwheel.stream.broker import EmbeddedBroker
+from bench.serving_processes import Policy, Server, broker_with_topics, grpc_server, http_server, policy_server
 from thumbwheel.tls import ClientTls
 
 CONCURRENCY = {1: 96, 4: 96, 16: 64}
@@ -244,10 +241,7 @@ async def run(model: Path, rounds: int, seconds: float, leave_out: Sequence[str]
 
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        broker = stack.enter_context(EmbeddedBroker(port=free_port(), log=folder / "broker.log"))
-        log = open_log(broker.bootstrap_servers)
-        log.ensure_topics(topics.topics(partitions=1, replication=1), 30.0)
-        log.close()
+        broker = stack.enter_context(broker_with_topics(folder))
         policy = stack.enter_context(policy_server(model, folder / "home", broker.bootstrap_servers))
         said = await policy.tell()
         peers: dict[str, tuple[Server, Any]] = {}

@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 
 from tests.support import free_port
+from thumbwheel.stream import open_log, topics
+from thumbwheel.stream.broker import EmbeddedBroker
 
 MAX_MODEL_LEN, MAX_NUM_SEQS = 2048, 64
 
@@ -83,6 +85,16 @@ def engine_arguments(model: Path, port: int) -> list[str]:
         *("--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"),
         *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS), "--enforce-eager"),
     ]
+
+
+@contextlib.contextmanager
+def broker_with_topics(folder: Path) -> Iterator[EmbeddedBroker]:
+    """A broker that has what servers write to."""
+    with EmbeddedBroker(port=free_port(), log=folder / "broker.log") as broker:
+        log = open_log(broker.bootstrap_servers)
+        log.ensure_topics(topics.topics(partitions=1, replication=1), 30.0)
+        log.close()
+        yield broker
 
 
 @contextlib.contextmanager
