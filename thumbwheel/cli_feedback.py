@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +14,7 @@ from thumbwheel import cli_shared as shared
 from thumbwheel.cli_shared import Home, Json, User
 
 if TYPE_CHECKING:
-    from thumbwheel.client import Choice
+    from thumbwheel.client import AsyncClient, Choice
 
 app = typer.Typer(no_args_is_help=True, help="Say what you think of responses.")
 
@@ -43,11 +44,18 @@ def _last_shown(home: Path | None, count: int) -> list[Any]:
     return shared.fail(errors.FailedPrecondition("Nothing has been shown to judge.", remedy=f"Type `{again}` first."))
 
 
-def _acknowledged(response: Any, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"feedback_id": response.feedback_id, "duplicate": response.duplicate}))
-    else:
-        print(f"recorded as {response.feedback_id}")
+def _submit(home: Path | None, as_json: bool, say: Callable[[AsyncClient], Awaitable[Any]]) -> None:
+    """Says it, and prints where it is recorded."""
+
+    async def main() -> None:
+        async with shared.client(home) as client:
+            response = await say(client)
+        if as_json:
+            print(json.dumps({"feedback_id": response.feedback_id, "duplicate": response.duplicate}))
+        else:
+            print(f"recorded as {response.feedback_id}")
+
+    shared.run(main())
 
 
 @app.command("compare")
@@ -64,11 +72,7 @@ def compare(
         raise typer.BadParameter("must be a, b, tie or both_bad", param_hint="CHOICE")
     a, b, *_ = _last_shown(home, 2)
 
-    async def main() -> None:
-        async with shared.client(home) as client:
-            _acknowledged(await client.compare(a, b, cast("Choice", choice), user_id=user), as_json)
-
-    shared.run(main())
+    _submit(home, as_json, lambda client: client.compare(a, b, cast("Choice", choice), user_id=user))
 
 
 @app.command("thumb")
@@ -83,11 +87,7 @@ def thumb(
         raise typer.BadParameter("must be up or down", param_hint="DIRECTION")
     shown = _last_shown(home, 1)[0]
 
-    async def main() -> None:
-        async with shared.client(home) as client:
-            _acknowledged(await client.thumb(shown, up=direction == "up", user_id=user), as_json)
-
-    shared.run(main())
+    _submit(home, as_json, lambda client: client.thumb(shown, up=direction == "up", user_id=user))
 
 
 @app.command("edit")
@@ -100,11 +100,7 @@ def edit(
     """A better answer than the response shown last."""
     shown = _last_shown(home, 1)[0]
 
-    async def main() -> None:
-        async with shared.client(home) as client:
-            _acknowledged(await client.edit(shown, text, user_id=user), as_json)
-
-    shared.run(main())
+    _submit(home, as_json, lambda client: client.edit(shown, text, user_id=user))
 
 
 @app.command("comment")
@@ -117,11 +113,7 @@ def comment(
     """Words about the response shown last."""
     shown = _last_shown(home, 1)[0]
 
-    async def main() -> None:
-        async with shared.client(home) as client:
-            _acknowledged(await client.comment(shown, text, user_id=user), as_json)
-
-    shared.run(main())
+    _submit(home, as_json, lambda client: client.comment(shown, text, user_id=user))
 
 
 @app.command("list")

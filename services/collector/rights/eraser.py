@@ -103,10 +103,13 @@ class Eraser:
         while True:
             self._wake.clear()
             try:
-                if time.monotonic() >= self._expire_at:
+                due = time.monotonic() >= self._expire_at
+                if due:
                     await self.expire()
-                    self._expire_at = time.monotonic() + min(_HOUR, self._tenants.shortest_retention_seconds / 10)
                 await self._finish()
+                if due:  # last, as a policy server that is away would hold up all else
+                    await self.expire_elsewhere()
+                    self._expire_at = time.monotonic() + min(_HOUR, self._tenants.shortest_retention_seconds / 10)
                 self._pause.reset()
             except RETRIED as error:
                 logger.warning("erasing waits", extra={"error": str(error), "seconds": self._pause.seconds})
@@ -130,7 +133,10 @@ class Eraser:
         before = self._tenants.defaults.expired_before(now)
         if before:
             await self._database.write(partial(erasure.expire_dead_letters, before=before))
-        if expired := await self._spools.expire(self._tenants.expired_before(now)):
+
+    async def expire_elsewhere(self) -> None:
+        """Erases what policy servers keep past its retention. Raises `errors.Unavailable` where one is away."""
+        if expired := await self._spools.expire(self._tenants.expired_before(now_micros())):
             logger.info("erased what policy servers kept too long", extra={"generations": expired})
 
     async def _finish(self) -> None:

@@ -121,7 +121,9 @@ async def test_what_its_tenant_lets_nobody_keep_longer_goes_from_spools_too(
     asked = settings.model_copy(update={"policies": address})
     kept = {"clinic": TenantRules(retention_days=30.0), "shop": TenantRules()}
     eraser = Eraser(database, asked, Tenants(TenantRules(retention_days=90.0), kept), lambda: None, Spools.of(asked))
+    with pytest.raises(errors.Unavailable, match="has not erased what it keeps"):
+        await eraser.expire_elsewhere()  # it is away
     async with serving(recorder, address):
-        await eraser.expire()
+        await eraser.expire_elsewhere()
     left = {"clinic-new", "shop-old", "other-new"}
     assert {word for _, word in found_in(settings.home, [*left, "clinic-old", "other-old"])} == left
