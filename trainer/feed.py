@@ -14,6 +14,7 @@ import random
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from thumbwheel import errors
 from trainer import metrics, staleness
@@ -23,6 +24,9 @@ from trainer.prompts import Prompt, Prompts
 from trainer.replay import Replay
 from trainer.rollouts import Rollouts
 from trainer.samples import Demonstration, Group, Kind, Pair, Sample, Tokens
+
+if TYPE_CHECKING:
+    from trainer.ingest import Encoder
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +146,27 @@ class Feed:
         if len(group.rollouts) < 2 or variance(group) < self._settings.min_reward_variance:
             return "flat"
         return "kept"
+
+
+def resume(
+    settings: TrainerSettings,
+    task: TaskName,
+    kinds: Iterable[Kind],
+    *,
+    folder: Path | None,
+    encoder: Encoder,
+    refer: Refer | None,
+) -> Feed:
+    """The feed of a task as it lies in the training checkpoint `folder`. A reward model has none but what it learnt."""
+    replay, prompts = Replay(settings.seed), Prompts(settings.prompt_uses)
+    if folder is not None:
+        replay, prompts = Replay.load(folder, settings.seed), Prompts.load(folder, settings.prompt_uses)
+    demonstrations: Sequence[Demonstration] = ()
+    if task == "policy" and settings.demonstrations is not None:
+        demonstrations = read_demonstrations(
+            settings.demonstrations, encoder.tokenizer, encoder.vocab_size, settings.max_length
+        )
+    return Feed(settings, task, kinds, prompts=prompts, replay=replay, demonstrations=demonstrations, refer=refer)
 
 
 def open_rollouts(settings: TrainerSettings, task: TaskName) -> Rollouts:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from thumbwheel.v1.rollout_pb2 import Lineage, ModelRole, Probe
+from thumbwheel.v1.rollout_pb2 import CheckpointManifest, Lineage, ModelRole, Probe
 from trainer import feed, publish
 from trainer.config import TaskName, TrainerSettings
 from trainer.samples import Sample
+from trainer.staleness import sequence as version_number
 from trainer.state import State, ranges
 
 if TYPE_CHECKING:
@@ -22,27 +23,49 @@ _SETTINGS = (
 """Those that every objective learns by."""
 
 
-def of(
+def manifest(
     objective: Mixture,
     settings: TrainerSettings,
     task: TaskName,
+    *,
     before: State,
     after: State,
     samples: Sequence[Sample],
-    reference: str,
-) -> Lineage:
-    """How a round came from the state before to the one after it, by these samples."""
+    samples_sha256: str,
+    retracted: Sequence[str],
+    base: CheckpointManifest,
+    measured: Mapping[str, float],
+    probe: Probe,
+) -> CheckpointManifest:
+    """The manifest, but for its files and signature, of the version that a round made: it led from the state `before`
+    to the one `after` it, by these samples. `retracted` are those that were learnt earlier and have been taken back
+    since.
+    """
     general = {name: str(getattr(settings, name)) for name in _SETTINGS}
-    return Lineage(
+    lineage = Lineage(
         objective=objective.name,
         settings=objective.settings() | general | {"learning_rate": repr(settings.learning_rate(task))},
         offsets=ranges(before, after),
         sample_count=len(samples),
-        reference_version=reference if objective.needs_reference else "",
+        samples_sha256=samples_sha256,
+        retracted_sample_ids=retracted,
+        reference_version=base.version if objective.needs_reference else "",
         reward_version=feed.reward_version(samples),
         code_version=publish.code_version(),
         steps=after.steps,
     )
+    made = CheckpointManifest(
+        version=after.version,
+        role=objective.role,
+        sequence=version_number(after.version),
+        parent=before.version,
+        base_model=base.base_model,
+        lineage=lineage,
+        metrics=measured,
+        probes=[probe],
+    )
+    made.created_at.GetCurrentTime()
+    return made
 
 
 def probe(team: Team, tokenizer: Any, role: ModelRole.ValueType) -> Probe:

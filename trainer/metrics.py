@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Gauge, Histogram
+
+from thumbwheel import tracing
 
 if TYPE_CHECKING:
     from trainer.reward.watch import RewardWatch
@@ -96,6 +100,13 @@ NEWER_PREFERRED = Gauge(
 OVER_OPTIMISED = Gauge(
     "thumbwheel_reward_over_optimised", "1 where scores rise with policy versions that people do not prefer."
 )
+
+
+@contextmanager
+def phase(task: str, name: str) -> Iterator[None]:
+    """Measures a phase of a round, and makes a span of it."""
+    with tracing.span(f"trainer.{name}", task=task), PHASE.labels(task, name).time():
+        yield
 
 
 def watch(seen: RewardWatch) -> dict[str, float]:

@@ -28,8 +28,12 @@ from thumbwheel.stream.log import Position, Producer
 from thumbwheel.v1.events_pb2 import VersionEvent
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, Lineage, ModelRole, Probe, VersionState
 from trainer import metrics
+from trainer.samples import Sample
 
 logger = logging.getLogger(__name__)
+
+MODEL = "model"
+"""The folder of what is published, in a training checkpoint."""
 
 SAMPLES = "samples.txt"
 """The sorted ids of the samples that a version learnt from since its parent, one a line."""
@@ -106,6 +110,23 @@ class Publisher:
             delay = min(delay * 2, _LAST_RETRY_SECONDS)
         return False
 
+    def told(self, version: str, learnt: Sequence[Sample], *, began: float, within: str) -> None:
+        """Notes of each sample how long it took to be learnt and announced, by a round that began at `began`, in
+        seconds since the epoch. The trace of its click ends with the version that learnt from it, and leads on to the
+        version's own, of which `within` is the traceparent.
+        """
+        for sample in learnt:
+            if sample.received_at:
+                metrics.FEEDBACK_TO_PUBLISH.labels(self._task).observe(max(0.0, time.time() - sample.received_at))
+            tracing.record(
+                "trainer.learnt",
+                parent=sample.traceparent,
+                began=began,
+                links=[within],
+                task=self._task,
+                version=version,
+            )
+
     def _acknowledged(self, future: Future[Position]) -> bool:
         """Waits for the broker; False where the process is asked to stop. Raises what the future failed with, and
         `errors.DeadlineExceeded`.
@@ -168,6 +189,19 @@ def write_deltas(parent: Path, folder: Path) -> None:
             logger.info("no delta is written: too much has changed", extra={"file": weights.name})
             continue
         delta.write(before, weights, weights.with_name(weights.name + delta.SUFFIX))
+
+
+def write_version(made: Path, folder: Path, *, base: VerifiedVersion, parent: Path) -> None:
+    """Fills a version's folder from the training checkpoint in `made`: the model without a copy, what is beside the
+    weights of the `base`, the samples' ids, and deltas to the version in `parent`.
+    """
+    for file in sorted(path for path in (made / MODEL).rglob("*") if path.is_file()):
+        target = folder / file.relative_to(made / MODEL)
+        target.parent.mkdir(exist_ok=True)
+        link(file, target)
+    copy_tokenizer(base, folder)
+    shutil.copyfile(made / SAMPLES, folder / SAMPLES)
+    write_deltas(parent, folder)
 
 
 def link(source: Path, target: Path) -> None:

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from thumbwheel.checkpoints.store import LocalStore
 from thumbwheel.stream.log import TopicPartition
-from thumbwheel.v1.rollout_pb2 import OffsetRange
+from thumbwheel.v1.rollout_pb2 import ModelRole, OffsetRange
 from trainer.config import TaskName
+from trainer.publish import SAMPLES
 from trainer.samples import Sample
 
 
@@ -76,3 +78,18 @@ def ranges(before: State, after: State) -> list[OffsetRange]:
             OffsetRange(topic=tp.topic, partition=tp.partition, start=start if same and start <= end else 0, end=end)
         )
     return ranges
+
+
+def begin(store: LocalStore, role: ModelRole.ValueType) -> tuple[State, list[str]]:
+    """The state where there is no training checkpoint: that of the newest version in the store. Also the ids of what
+    the versions there learnt from: that is not learnt again.
+    """
+    versions = store.versions(role)
+    learnt = [
+        sample_id
+        for manifest in versions
+        if manifest.sequence
+        for sample_id in (store.load(manifest.version).path / SAMPLES).read_text().split()
+    ]
+    newest = versions[0]
+    return State(0, newest.lineage.steps, newest.version, {}, {}, start=newest.version), learnt

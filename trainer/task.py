@@ -12,11 +12,9 @@ import dataclasses
 import functools
 import json
 import logging
-import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,13 +34,11 @@ from trainer.config import TaskName, TrainerSettings
 from trainer.feed import Feed
 from trainer.ingest import Encoder, Ingest
 from trainer.losses.base import PerSample
-from trainer.prompts import Prompts
-from trainer.publish import SAMPLES, Publisher
-from trainer.replay import Replay
+from trainer.publish import MODEL, SAMPLES, Publisher
 from trainer.reward.watch import RewardWatch
-from trainer.samples import Demonstration, Kind, Sample, Tokens
+from trainer.samples import Kind, Sample, Tokens
 from trainer.staleness import sequence as version_number
-from trainer.state import Outlook, State
+from trainer.state import Outlook, State, begin
 from trainer.watch import Watch
 
 if TYPE_CHECKING:
@@ -55,7 +51,6 @@ logger = logging.getLogger(__name__)
 STATE = "state.json"
 VERSION = "version.json"
 LESSON = "lesson.json"
-MODEL = "model"
 
 
 @dataclass(frozen=True)
@@ -146,9 +141,7 @@ class Task:
     def ingest(self, timeout: float) -> None:
         """Takes in feedback from the stream, waiting up to `timeout` seconds for the first, and rollouts."""
         self._after.check()
-        if self._to_commit and self._after.idle:
-            self._ingest.commit(self._to_commit)
-            self._to_commit = {}
+        self._commit_published()
         self._shared.team.idle()
         self._retracted += self._ingest.read(self._buffer, timeout)
         self._feed.collect(self._buffer, time.monotonic())
@@ -213,10 +206,7 @@ class Task:
         state = dataclasses.replace(self._state, positions=self._ingest.positions(), topic_ids=self._ingest.topic_ids())
 
         def fill(folder: Path) -> None:
-            self._buffer.save(folder)
-            self._feed.save(folder)
-            self._reward_watch.save(folder)
-            (folder / STATE).write_text(state.to_json())
+            self._save(folder, state)
             (folder / LESSON).write_text(json.dumps(lesson))
 
         self._checkpoints.write_round(self._state.round + 1, fill)
@@ -244,14 +234,14 @@ class Task:
         self._feed.ask(self._buffer, ahead=len(samples))  # the next round's rollouts are made meanwhile
         written, samples = samples, self._feed.lesson(samples, round_number=self._state.round + 1)
         if self._objective.needs_reference:
-            with self._phase("reference"):
+            with metrics.phase(self.name, "reference"):
                 self._referenced = self._refer(samples)
-        with self._phase("restore"):
+        with metrics.phase(self.name, "restore"):
             self._restore()
         if self.name == "reward":
-            with self._phase("judge"):  # before they are learnt
+            with metrics.phase(self.name, "judge"):  # before they are learnt
                 self._reward_watch.see(team.judge(written))
-        with self._phase("learn"):
+        with metrics.phase(self.name, "learn"):
             measured = team.learn(
                 samples,
                 round_number=self._state.round + 1,
@@ -282,24 +272,33 @@ class Task:
             start=self._state.start,
         )
         ids = "".join(f"{sample_id}\n" for sample_id in sorted(sample.id for sample in samples))
-        manifest = self._manifest(state, samples, ids, measured)
+        manifest = lineage.manifest(
+            self._objective,
+            self._shared.settings,
+            self.name,
+            before=self._state,
+            after=state,
+            samples=samples,
+            samples_sha256=files.sha256_bytes(ids.encode()),
+            retracted=self._retracted,
+            base=self._base.manifest,
+            measured=measured,
+            probe=lineage.probe(self._shared.team, self._encoder.tokenizer, self._objective.role),
+        )
         self._feed.replay.learnt(samples, self._referenced)
         self._referenced = {}
 
         def fill(folder: Path) -> None:
-            self._buffer.save(folder)
-            self._feed.save(folder)
-            self._reward_watch.save(folder)
-            (folder / STATE).write_text(state.to_json())
+            self._save(folder, state)
             (folder / VERSION).write_text(json_format.MessageToJson(manifest))
             (folder / SAMPLES).write_text(ids)
 
-        with self._phase("checkpoint"):
+        with metrics.phase(self.name, "checkpoint"):
             staging = self._checkpoints.stage(state.round, fill)
             writing = self._shared.team.save(staging, staging / MODEL)
 
         def finish() -> None:
-            with self._phase("write"):
+            with metrics.phase(self.name, "write"):
                 self._checkpoints.finish(state.round, staging, writing.wait)
 
         self._do_after(finish)
@@ -322,32 +321,22 @@ class Task:
 
     def _publish(self, made: Path, learnt: Sequence[Sample], began: float) -> None:
         manifest = json_format.Parse((made / VERSION).read_text(), CheckpointManifest())
-        with self._phase("publish"):
-            version = self._publisher.publish(manifest, lambda folder: self._write(made, folder, manifest.parent))
+        with metrics.phase(self.name, "publish"):
+            parent = self._shared.store.root / manifest.parent
+            version = self._publisher.publish(
+                manifest, lambda folder: publish.write_version(made, folder, base=self._base, parent=parent)
+            )
             announced = self._publisher.announce(version, [sample.received_at for sample in learnt])
             within = tracing.traceparent()
         if announced:
-            for sample in learnt:
-                if sample.received_at:
-                    metrics.FEEDBACK_TO_PUBLISH.labels(self.name).observe(max(0.0, time.time() - sample.received_at))
-                # So that the trace of a click ends with the version that learnt from it, and leads on to its own.
-                tracing.record(
-                    "trainer.learnt",
-                    parent=sample.traceparent,
-                    began=began,
-                    links=[within],
-                    task=self.name,
-                    version=manifest.version,
-                )
+            self._publisher.told(manifest.version, learnt, began=began, within=within)
 
     def commit(self) -> None:
         """Has the broker told how far this task is, when that is published: for monitoring lag. Nothing ever starts
         from it.
         """
         self._to_commit = self._state.positions
-        if self._after.idle:
-            self._ingest.commit(self._to_commit)
-            self._to_commit = {}
+        self._commit_published()
 
     def close(self) -> None:
         """Lets go of everything, when what was begun in the background is done."""
@@ -359,6 +348,18 @@ class Task:
             self._release()
             self._ingest.close()
 
+    def _commit_published(self) -> None:
+        if self._to_commit and self._after.idle:
+            self._ingest.commit(self._to_commit)
+            self._to_commit = {}
+
+    def _save(self, folder: Path, state: State) -> None:
+        """Writes what a task is, but for its learner."""
+        self._buffer.save(folder)
+        self._feed.save(folder)
+        self._reward_watch.save(folder)
+        (folder / STATE).write_text(state.to_json())
+
     def _do_after(self, work: Callable[[], None]) -> None:
         """Does work in the background, after all such work before; where tasks take turns, now. It is of this round's
         trace.
@@ -369,26 +370,13 @@ class Task:
 
     def _open_feed(self) -> Feed:
         """What a policy is fed with beside people's judgements."""
-        settings, replay = self._shared.settings, Replay(self._shared.settings.seed)
-        prompts = Prompts(settings.prompt_uses)
-        if (folder := self._begun or self._folder) is not None:
-            replay = Replay.load(folder, settings.seed)
-            prompts = Prompts.load(folder, settings.prompt_uses)
-        if self.name != "policy":
-            return Feed(settings, self.name, self._kinds, prompts=prompts, replay=replay)
-        demonstrations: Sequence[Demonstration] = ()
-        if settings.demonstrations is not None:
-            demonstrations = feed.read_demonstrations(
-                settings.demonstrations, self._encoder.tokenizer, self._encoder.vocab_size, settings.max_length
-            )
-        online = feed.wants_rollouts(self._kinds, settings)
-        return Feed(
-            settings,
+        online = self.name == "policy" and feed.wants_rollouts(self._kinds, self._shared.settings)
+        return feed.resume(
+            self._shared.settings,
             self.name,
             self._kinds,
-            prompts=prompts,
-            replay=replay,
-            demonstrations=demonstrations,
+            folder=self._begun or self._folder,
+            encoder=self._encoder,
             refer=self._reference_texts if online and self._objective.wants_baseline else None,
         )
 
@@ -403,7 +391,7 @@ class Task:
     def _reference_texts(self, prompts: Sequence[Tokens]) -> Mapping[Tokens, str]:
         from trainer import sampling
 
-        with self._phase("baseline"):
+        with metrics.phase(self.name, "baseline"):
             return sampling.reference_texts(
                 self._base.path,
                 self._encoder.tokenizer,
@@ -427,19 +415,15 @@ class Task:
 
     def _begin(self) -> tuple[State, Buffer]:
         """The state where there is no training checkpoint: that of the newest version, with a fresh optimizer."""
-        versions = self._shared.store.versions(self._objective.role)
-        buffer = Buffer()
-        for manifest in versions:
-            if manifest.sequence:
-                # Its training checkpoint is gone, but what it learnt from is known, and is not learnt again.
-                buffer.learnt((self._shared.store.load(manifest.version).path / SAMPLES).read_text().split())
-        newest = versions[0]
-        if newest.sequence:
+        state, learnt = begin(self._shared.store, self._objective.role)
+        if state.version != self._base.manifest.version:
             logger.warning(
                 "no training checkpoint: beginning from the newest version, with a fresh optimizer",
-                extra={"task": self.name, "version": newest.version},
+                extra={"task": self.name, "version": state.version},
             )
-        return State(0, newest.lineage.steps, newest.version, {}, {}, start=newest.version), buffer
+        buffer = Buffer()
+        buffer.learnt(learnt)
+        return state, buffer
 
     def _restore(self) -> None:
         """Makes the learner from the newest training checkpoint where it is not in memory."""
@@ -450,40 +434,6 @@ class Task:
 
     def _release(self) -> None:
         self._shared.team.close()
-
-    def _write(self, made: Path, folder: Path, parent: str) -> None:
-        """Fills a version's folder from a training checkpoint's."""
-        for file in sorted(path for path in (made / MODEL).rglob("*") if path.is_file()):
-            target = folder / file.relative_to(made / MODEL)
-            target.parent.mkdir(exist_ok=True)
-            publish.link(file, target)
-        publish.copy_tokenizer(self._base, folder)
-        shutil.copyfile(made / SAMPLES, folder / SAMPLES)
-        publish.write_deltas(self._shared.store.root / parent, folder)
-
-    def _manifest(
-        self, state: State, samples: Sequence[Sample], ids: str, measured: dict[str, float]
-    ) -> CheckpointManifest:
-        settings, base, role = self._shared.settings, self._base.manifest, self._objective.role
-        made = CheckpointManifest(
-            version=state.version,
-            role=role,
-            sequence=version_number(state.version),
-            parent=self._state.version,
-            base_model=base.base_model,
-            lineage=lineage.of(self._objective, settings, self.name, self._state, state, samples, base.version),
-            metrics=measured,
-            probes=[lineage.probe(self._shared.team, self._encoder.tokenizer, role)],
-        )
-        made.lineage.samples_sha256 = files.sha256_bytes(ids.encode())
-        made.lineage.retracted_sample_ids.extend(self._retracted)
-        made.created_at.GetCurrentTime()
-        return made
-
-    @contextmanager
-    def _phase(self, phase: str) -> Iterator[None]:
-        with tracing.span(f"trainer.{phase}", task=self.name), metrics.PHASE.labels(self.name, phase).time():
-            yield
 
 
 def _objective(name: TaskName, settings: TrainerSettings) -> Mixture:
