@@ -1,10 +1,11 @@
 """The background task that finishes erasures and erases what is too old.
 
-Forget ──▶ erased in the database ──▶ wake ──▶ 1. exported files  2. what policy servers keep of it  3. vacuum
+Forget ──▶ erased in the database ──▶ wake ──▶ 1. exported files  2. vacuum  3. what policy servers keep of it
                                                4. the erasure is finished ──▶ answer
 now and then ▶ content past its tenant's retention, by the same code
 
-An erasure that a crash interrupts is finished at the next start: its row says so.
+An erasure that a crash interrupts is finished at the next start: its row says so. A policy server that is away holds up
+only the answer about users of whom it may keep something.
 """
 
 from __future__ import annotations
@@ -63,6 +64,8 @@ class Eraser:
         self._finished = asyncio.Condition()
         self._pause = Pause(settings.max_backoff_seconds)
         self._expire_at = 0.0
+        self._gone_here: set[str] = set()
+        """Erasures whose content is in no file of the collector any more, though they are not finished."""
 
     async def forget(self, tenant: str, user_id: str) -> ForgetResponse:
         """Erases all of a user; returns when nothing is left in any file of the collector.
@@ -141,23 +144,34 @@ class Eraser:
 
     async def _finish(self) -> None:
         pending = await self._database.read(_pending)
-        for erasure_id, tenant in pending:
+        new = [(erasure_id, tenant) for erasure_id, tenant in pending if erasure_id not in self._gone_here]
+        for erasure_id, tenant in new:
             samples = await self._database.read(partial(_samples, erasure_ids=[erasure_id]))
             exports = await self._database.read(partial(copies.known, tenant=tenant))
             scrubbed = await asyncio.to_thread(copies.scrub_all, exports, samples)  # 1
             await self._database.write(partial(_note, erasure_id=erasure_id, scrubbed=scrubbed))
-        if pending:
-            ids = [erasure_id for erasure_id, _ in pending]
-            hashes = await self._database.read(partial(tombstones.of_erasures, erasure_ids=ids))
-            await self._spools.erase(hashes)  # 2
-            rewrite = partial(vacuum, dialect=self._database.dialect)  # 3
+        if new:
+            rewrite = partial(vacuum, dialect=self._database.dialect)  # 2
             await asyncio.to_thread(self._database.write_inbox_now, tombstones.clear_inbox)
             await asyncio.to_thread(self._database.maintain_inbox_now, partial(rewrite, schema=tables.DOOR))
             await self._database.maintain(rewrite)
-            await self._database.write(partial(_mark, erasure_ids=ids))  # 4
-            metrics.ERASURES.inc(len(ids))
-            logger.info("erased", extra={"erasures": ids})
-        # Also where there was nothing to do: another collector on this database may have done it.
+            self._gone_here.update(erasure_id for erasure_id, _ in new)
+        hashes = {
+            erasure_id: await self._database.read(partial(tombstones.of_erasures, erasure_ids=[erasure_id]))
+            for erasure_id, _ in pending
+        }
+        await self._finished_with([erasure_id for erasure_id, of_one in hashes.items() if not of_one])
+        if elsewhere := [erasure_id for erasure_id, of_one in hashes.items() if of_one]:
+            await self._spools.erase([each for erasure_id in elsewhere for each in hashes[erasure_id]])  # 3
+            await self._finished_with(elsewhere)
+
+    async def _finished_with(self, erasure_ids: list[str]) -> None:
+        """4. Also where there was nothing to do: another collector on this database may have done it."""
+        if erasure_ids:
+            await self._database.write(partial(_mark, erasure_ids=erasure_ids))
+            self._gone_here.difference_update(erasure_ids)
+            metrics.ERASURES.inc(len(erasure_ids))
+            logger.info("erased", extra={"erasures": erasure_ids})
         async with self._finished:
             self._finished.notify_all()
 

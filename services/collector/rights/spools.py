@@ -60,7 +60,7 @@ class Spools:
 
     async def _everywhere(self, requests: Sequence[ForgetGenerationsRequest]) -> int:
         erased = 0
-        for address in self.addresses:
+        for address in self.addresses if requests else ():
             for server in await _servers(address):
                 erased += await self._ask(address, server, requests)
         return erased

@@ -12,6 +12,7 @@ from typing import Any
 import grpc.aio
 import pytest
 
+from services.collector import tables
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
 from services.collector.outbox import now_micros
@@ -22,7 +23,7 @@ from services.policy.recording import Recorder
 from services.policy.service import PolicyService
 from services.policy.spool import Spool
 from tests.support import free_port
-from tests.unit.services.collector.parts import Deployment
+from tests.unit.services.collector.parts import Deployment, eventually
 from tests.unit.services.collector.rights.test_rights_forget import arrive, asked_by, found_in, running
 from thumbwheel import errors
 from thumbwheel.stream import topics
@@ -74,7 +75,9 @@ async def test_nothing_of_a_forgotten_user_is_left_in_a_spool(
 
     with pytest.raises(errors.DeadlineExceeded, match="it goes on"):
         await forget()  # the policy server is away: what it keeps is not erased yet
-    assert SECRETS[0] in {secret for _, secret in found_in(settings.home, SECRETS)}
+    left = found_in(settings.home, SECRETS)
+    assert {secret for _, secret in left} == set(SECRETS)
+    assert all(name.startswith("policy.db") for name, _ in left)
     async with serving(recorder, address):
         asked = asked.model_copy(update={"erase_timeout_seconds": 30.0})
         assert await forget() == 1
@@ -127,3 +130,33 @@ async def test_what_its_tenant_lets_nobody_keep_longer_goes_from_spools_too(
         await eraser.expire_elsewhere()
     left = {"clinic-new", "shop-old", "other-new"}
     assert {word for _, word in found_in(settings.home, [*left, "clinic-old", "other-old"])} == left
+
+
+async def test_a_policy_server_that_is_away_holds_up_no_other_erasure(
+    database: Database, deployment: Deployment, settings: CollectorSettings
+) -> None:
+    words = ("forgotten-12fe", "expired-90bb", "stays-77c0")
+    anns, old, new = (asked_by(deployment, user, word) for user, word in zip(("ann", "bob", "cyd"), words, strict=True))
+    await arrive(database, anns, old, new)
+    long_ago = now_micros() - 8 * 86_400_000_000
+    aged = tables.generations.update().where(tables.generations.c.generation_id == old.event_id)
+    await database.write(lambda connection: connection.execute(aged.values(stored_at=long_ago)))
+    away = settings.model_copy(update={"policies": f"127.0.0.1:{free_port()}", "erase_timeout_seconds": 20.0})
+    eraser = Eraser(database, away, Tenants(TenantRules(retention_days=7)), lambda: None, Spools.of(away))
+    async with running(eraser):
+        forgetting = asyncio.create_task(eraser.forget("default", "ann"))
+        left = await eventually(
+            lambda: asyncio.to_thread(found_in, settings.home, words),
+            lambda found: len({word for _, word in found}) < 2,
+        )
+        assert {word for _, word in left} == {"stays-77c0"}
+        rows = await eventually(
+            lambda: database.read(lambda connection: connection.execute(tables.erasures.select()).all()),
+            lambda rows: any(row.finished_at for row in rows),
+        )
+        assert sorted((row.subject is None, row.finished_at is not None) for row in rows) == [
+            (False, False),  # it may be spooled: she is told when it is not
+            (True, True),
+        ]
+        assert not forgetting.done()
+        forgetting.cancel()
