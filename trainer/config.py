@@ -225,6 +225,9 @@ class TrainerSettings(LearningSettings, Settings):
     unjudged_prompts: bool = False
     """Also answer prompts that nobody gave feedback on, where the user agreed to be learnt from."""
 
+    voting_propensity: bool = True
+    """Weigh thumbs by how seldom responses of their length are voted on, for `kto`; reads the topic `generations`."""
+
     min_reward_variance: float = Field(default=1e-6, ge=0)
     """Prompts whose responses' rewards vary less are left out: there is nothing to be learnt from them."""
 

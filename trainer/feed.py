@@ -3,7 +3,8 @@ learnt before.
 
     ask        prompts go to the serving fleet, so that one round's rollouts are made while another is learnt
     collect    rollouts come back into the buffer, those left out that say nothing
-    lesson     a round as the objective takes it: pairs made of rollouts, demonstrations and replayed samples added
+    lesson     a round as the objective takes it: pairs made of rollouts, demonstrations and replayed samples added,
+               thumbs weighted by how seldom responses like theirs are voted on
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,8 @@ from trainer.config import TaskName, TrainerSettings
 from trainer.prompts import Prompt, Prompts
 from trainer.replay import Replay
 from trainer.rollouts import Rollouts
-from trainer.samples import Demonstration, Group, Kind, Pair, Sample, Tokens
+from trainer.samples import Demonstration, Group, Kind, Pair, Sample, Thumb, Tokens
+from trainer.voting import Voting
 
 if TYPE_CHECKING:
     from trainer.ingest import Encoder
@@ -60,10 +62,11 @@ class Feed:
         prompts: Prompts,
         replay: Replay,
         demonstrations: Sequence[Demonstration] = (),
+        voting: Voting | None = None,
         refer: Refer | None = None,
     ) -> None:
         self._settings, self._task, self._kinds = settings, task, frozenset(kinds)
-        self.prompts, self.replay, self.demonstrations = prompts, replay, demonstrations
+        self.prompts, self.replay, self.demonstrations, self.voting = prompts, replay, demonstrations, voting
         self._rollouts: Rollouts | None = None
         self._refer = refer
 
@@ -126,12 +129,14 @@ class Feed:
             count = min(len(self.demonstrations), math.ceil(new * self._settings.demonstrations_ratio))
             rng = random.Random(f"{self._settings.seed}/{round_number}/demonstrations")
             lesson += rng.sample(list(self.demonstrations), count)
-        return lesson
+        return lesson if self.voting is None else self.voting.weighted(lesson)
 
     def save(self, folder: Path) -> None:
         """Writes what has to survive into `folder`."""
         self.prompts.save(folder)
         self.replay.save(folder)
+        if self.voting is not None:
+            self.voting.save(folder)
 
     def close(self) -> None:
         """Ends the background work."""
@@ -151,7 +156,7 @@ class Feed:
 def resume(
     settings: TrainerSettings,
     task: TaskName,
-    kinds: Iterable[Kind],
+    kinds: Collection[Kind],
     *,
     folder: Path | None,
     encoder: Encoder,
@@ -166,7 +171,19 @@ def resume(
         demonstrations = read_demonstrations(
             settings.demonstrations, encoder.tokenizer, encoder.vocab_size, settings.max_length
         )
-    return Feed(settings, task, kinds, prompts=prompts, replay=replay, demonstrations=demonstrations, refer=refer)
+    voting = None
+    if Thumb in kinds and settings.voting_propensity:
+        voting = Voting() if folder is None else Voting.load(folder)
+    return Feed(
+        settings,
+        task,
+        kinds,
+        prompts=prompts,
+        replay=replay,
+        demonstrations=demonstrations,
+        voting=voting,
+        refer=refer,
+    )
 
 
 def open_rollouts(settings: TrainerSettings, task: TaskName) -> Rollouts:

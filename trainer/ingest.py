@@ -29,6 +29,7 @@ from trainer import metrics
 from trainer.buffer import Buffer
 from trainer.prompts import Prompts
 from trainer.samples import Demonstration, Kind, Pair, Sample, Thumb, Tokens
+from trainer.voting import Voting
 
 logger = logging.getLogger(__name__)
 
@@ -165,8 +166,8 @@ def _writer(response: ComparedResponse) -> str:
 
 
 class Ingest:
-    """Reads what objectives that learn from `kinds` want into a buffer, and prompts into `prompts`, where these are
-    wanted. Keeps its place itself; the broker is only told for its lag.
+    """Reads what objectives that learn from `kinds` want into a buffer, prompts into `prompts`, and what was shown and
+    voted on into `voting`, where these are wanted. Keeps its place itself; the broker is only told for its lag.
     """
 
     def __init__(
@@ -182,6 +183,7 @@ class Ingest:
         prompts: Prompts | None = None,
         prompt_room: int = 0,
         unjudged_prompts: bool = False,
+        voting: Voting | None = None,
         learns_from: Callable[[Sample], bool] = lambda sample: True,
         on_retraction: Callable[[str], None] = lambda sample_id: None,
     ) -> None:
@@ -194,6 +196,7 @@ class Ingest:
         self._producer = producer
         self._encoder = encoder
         self._kinds, self._prompts, self._room = frozenset(kinds), prompts, prompt_room
+        self._unjudged_prompts, self._voting = unjudged_prompts and prompts is not None, voting
         self._learns_from = learns_from
         self._on_retraction = on_retraction
         wanted = []
@@ -201,7 +204,7 @@ class Ingest:
             wanted.append(topics.COMPARISONS)
         if prompts is not None or Thumb in self._kinds:
             wanted.append(topics.THUMBS)
-        if prompts is not None and unjudged_prompts:
+        if self._unjudged_prompts or voting is not None:
             wanted.append(topics.GENERATIONS)
         self._consumer = log.consumer(wanted, group=self._name, start=start, topic_ids=topic_ids)
 
@@ -267,8 +270,13 @@ class Ingest:
         return self._take(event, event.thumb_id, wanted, buffer, trace)
 
     def _generation(self, event: GenerationEvent) -> None:
-        """Only what people asked, and agreed to be learnt from: nobody has curated it."""
-        if self._prompts is not None and not event.bulk and event.consent:
+        """Only what people asked, and prompts only where they agreed to be learnt from: nobody has curated them."""
+        if event.bulk:
+            return
+        # Who does not agree to be learnt from gives no thumb either that comes here.
+        if self._voting is not None and (event.consent or not event.HasField("consent")):
+            self._voting.show(len(event.generation.token_ids))
+        if self._unjudged_prompts and self._prompts is not None and event.consent:
             prompt_id = event.generation.prompt_id
             _require_id("generation.prompt_id", prompt_id)
             self._prompts.add(prompt_id, self._encoder.asked(event, room=self._room))
@@ -300,6 +308,8 @@ class Ingest:
                 metrics.DUPLICATES.labels(self._task).inc()
             elif self._learns_from(sample := make()):
                 buffer.add(dataclasses.replace(sample, traceparent=traceparent), time.monotonic())
+                if self._voting is not None and isinstance(sample, Thumb):
+                    self._voting.vote(len(sample.response))
                 if traceparent:
                     tracing.record("trainer.ingest", parent=traceparent, began=time.time(), task=self._task)
         if self._prompts is not None:

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 _SETTINGS = (
     *("epochs", "batch_size", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("max_grad_norm", "max_length", "micro_batch_tokens", "seed", "zero_stage", "lora_rank", "lora_alpha"),
+    "voting_propensity",
 )
-"""Those that every objective learns by."""
+"""Those that are not an objective's own."""
 
 
 def manifest(

@@ -123,6 +123,7 @@ class Task:
             prompts=self._feed.prompts if online else None,
             prompt_room=settings.rollout_tokens,
             unjudged_prompts=settings.unjudged_prompts,
+            voting=self._feed.voting,
             learns_from=self._objective.learns_from,
             on_retraction=self._feed.replay.retract,
         )

@@ -18,6 +18,7 @@ from trainer.buffer import Buffer
 from trainer.ingest import Encoder, Ingest
 from trainer.prompts import Prompts
 from trainer.samples import Demonstration, Pair, Thumb
+from trainer.voting import Voting
 
 EOS = 2
 
@@ -165,7 +166,7 @@ class Stream:
         self.log = MemoryLog()
         self.log.ensure_topics(topics.topics(partitions=1, replication=1), 1.0)
         self.producer = self.log.producer()
-        self.prompts, self.buffer, self.gone = Prompts(uses=1), Buffer(), list[str]()
+        self.prompts, self.buffer, self.gone, self.voting = Prompts(uses=1), Buffer(), list[str](), Voting()
         self.ingest = Ingest(
             self.log,
             self.producer,
@@ -177,6 +178,7 @@ class Stream:
             prompts=self.prompts,
             prompt_room=6,
             unjudged_prompts=True,
+            voting=self.voting,
             on_retraction=self.gone.append,
         )
 
@@ -271,6 +273,23 @@ def test_prompts_keep_room_for_the_answer_and_unjudged_ones_need_consent(encoder
         asked.append(generated)
     stream.read(topics.GENERATIONS, *asked)
     assert [prompt.tokens for prompt in stream.prompts.take(9)] == [(100,)]
+
+
+def test_it_is_counted_what_was_shown_to_people_and_what_of_it_got_a_thumb_once(encoder: Encoder) -> None:
+    stream, shown = Stream(encoder), list[GenerationEvent]()
+    for consent, bulk, tokens in ((True, False, 5), (None, False, 3), (False, False, 5), (True, True, 5)):
+        event = GenerationEvent(prompt_token_ids=[100], consent=consent, bulk=bulk)
+        event.generation.prompt_id = f"01890000-0000-7000-9000-{len(shown):012d}"
+        event.generation.token_ids.extend(range(tokens))
+        shown.append(event)
+    stream.read(topics.GENERATIONS, *shown)
+    first, again = thumb(1), thumb(1)
+    again.weight = 0.5
+    stream.read(topics.THUMBS, first, first, again, thumb(2))
+    lengths = {len(sample.response) for sample in stream.buffer.oldest(2) if isinstance(sample, Thumb)}
+    (stratum,) = {each.bit_length() for each in lengths}
+    assert stream.voting.shown == {3: 1, 2: 1}
+    assert stream.voting.voted == {stratum: 2}
 
 
 def test_the_lag_is_what_is_there_and_not_read(encoder: Encoder) -> None:

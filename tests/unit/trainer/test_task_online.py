@@ -7,6 +7,7 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from tests.unit.trainer.test_ingest import comparison
 from thumbwheel.auth import ManifestSigner
 from thumbwheel.stream import topics
 from thumbwheel.stream.memory import MemoryLog
-from thumbwheel.v1.events_pb2 import ComparisonState, ThumbEvent
+from thumbwheel.v1.events_pb2 import ComparisonState, GenerationEvent, ThumbEvent
 from thumbwheel.v1.preference_pb2 import ThumbValue
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest
 from trainer import inference, loop, metrics, publish, rollouts, team
 from trainer.config import TrainerSettings
 from trainer.samples import Sample
 from trainer.task import Shared, Task
+from trainer.voting import Voting
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -179,11 +181,18 @@ def test_thumbs_feed_kto_and_edits_are_demonstrations(make: Make) -> None:
         )
         event.response.token_ids.extend([50 + number, 51, EOS])
         shared.producer.send(topics.THUMBS, b"key", event.SerializeToString()).result(1.0)
+    shown = GenerationEvent(consent=True)
+    shown.generation.token_ids.extend(range(3))
+    for _ in range(9):
+        shared.producer.send(topics.GENERATIONS, b"key", shown.SerializeToString()).result(1.0)
     send(shared, 10)  # a pair, of no use here
     send(shared, 11, 12, demonstration=True)
     turns(shared, 1).close()
     assert ids(shared, 1) == ["0/", "1/", "2/", "3/", "11/demonstration", "12/demonstration"]
     assert {"kto_loss", "kto_kl", "sft_nll"} <= set(manifest(shared, 1).metrics)
+    task = Task("policy", shared, resident=True)
+    assert task._feed.voting == Voting(shown=Counter({2: 9}), voted=Counter({2: 4})), "as the checkpoint has it"
+    task.close()
 
 
 def test_demonstrations_and_replayed_samples_come_beside_the_new(
