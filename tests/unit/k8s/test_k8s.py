@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from k8s import check, rules, schemas
+from trainer import samples
+from trainer.ingest import Ingest
+from trainer.voting import Voting
 
 Resource = dict[str, Any]
 Break = Callable[[dict[str, Resource]], object]
@@ -163,7 +167,17 @@ def test_the_stream_lets_each_do_what_it_does(gpu: list[Resource]) -> None:
     assert may("policy", "Write") == {"generations"}
     assert may("reward", "Write") == set()
     assert may("collector", "Read") == {"generations", "feedback", "comparisons", "thumbs", "deadletter"}
-    assert may("trainer", "Read") == {"comparisons"}
+    assert may("trainer", "Read") == {topic.removeprefix("thumbwheel.").removesuffix(".v1") for topic in _learnt_from()}
+
+
+def _learnt_from() -> Sequence[str]:
+    """The topics that the trainer reads, where its objectives learn from all that there is."""
+    log: Any = Mock()
+    everything: Any = Mock()
+    kinds = frozenset(samples.KINDS.values())
+    Ingest(log, everything, everything, task="policy", start={}, topic_ids={}, kinds=kinds, voting=Voting())
+    (wanted,) = log.consumer.call_args.args
+    return list(wanted)
 
 
 def test_the_topics_are_those_that_the_code_makes(gpu: list[Resource]) -> None:
