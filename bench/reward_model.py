@@ -10,7 +10,8 @@ lengths are balanced, scores are held near zero, the two responses of a pair sha
 zero. 300 pairs, chosen by hash, are held out. Steps take turns.
 
 What is trained is kept in `--output`, and what is there is not trained again: a run that was broken off goes on with
-the seed that it was at. Remove the folder after a change of what is measured.
+the seed that it was at, and one that `--only` named a side of with the other. Speeds are compared only where both took
+turns. Remove the folder after a change of what is measured.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from trainer.samples import to_fields
 LEARNING_RATE = 2e-5
 HEAD_LEARNING_RATE = 5e-4
 BATCH_SIZE = 16
+SIDES = ("ours", "trl")
 SETTLED = 2
 """Steps that are not timed: memory is filled for the first time."""
 OUTPUT = Path("bench-out/reward-model")
@@ -56,6 +59,8 @@ class Trained:
     seconds: list[float] = dataclasses.field(default_factory=list)
     pairs: list[int] = dataclasses.field(default_factory=list)
     scores: Scores = dataclasses.field(default_factory=lambda: np.zeros((0, 2)))
+    run: str = ""
+    """The same for those that took turns."""
 
     def rates(self) -> list[float]:
         """Pairs a second, by window."""
@@ -64,12 +69,12 @@ class Trained:
 
     def to_json(self) -> dict[str, Any]:
         """As `of` takes it."""
-        return {"seconds": self.seconds, "pairs": self.pairs, "scores": self.scores.tolist()}
+        return {**dataclasses.asdict(self), "scores": self.scores.tolist()}
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Trained:
         """From a file."""
-        return cls(found["seconds"], found["pairs"], np.array(found["scores"]))
+        return cls(**{**found, "scores": np.array(found["scores"])})
 
     @property
     def margins(self) -> Scores:
@@ -147,14 +152,15 @@ def train(
         "settings": {},
     }
     jobs = {name: Job(**{**common, **fields}) for name, fields in variants.items()}
-    told = json.dumps({name: dataclasses.asdict(job) for name, job in jobs.items()}, sort_keys=True)
-    kept = output / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
-    if kept.exists():
-        return {name: Trained.of(found) for name, found in json.loads(kept.read_text()).items()}
-    steps = epochs * -(-len(data.train) // BATCH_SIZE)
+    kept = {name: output / f"{_digest(job)}.json" for name, job in jobs.items()}
+    results = {name: Trained.of(json.loads(path.read_text())) for name, path in kept.items() if path.exists()}
+    missing = {name: job for name, job in jobs.items() if name not in results}
+    if not missing:
+        return results
+    steps, run = epochs * -(-len(data.train) // BATCH_SIZE), uuid.uuid4().hex
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         workers = {}
-        for name, job in jobs.items():
+        for name, job in missing.items():
             workers[name] = Worker(job, Path(folder), name)
             stack.callback(workers[name].stop)
         for step in range(steps):
@@ -164,10 +170,15 @@ def train(
         harness.progress(f"{label}: scoring", 1.0)
         for worker in workers.values():
             worker.finish()
-        results = {name: worker.result for name, worker in workers.items()}
     output.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps({name: result.to_json() for name, result in results.items()}))
+    for name, worker in workers.items():
+        results[name] = dataclasses.replace(worker.result, run=run)
+        kept[name].write_text(json.dumps(results[name].to_json()))
     return results
+
+
+def _digest(job: Job) -> str:
+    return hashlib.sha256(json.dumps(dataclasses.asdict(job), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -181,18 +192,20 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=0 if full else 600, help="pairs to learn from; 0 for all")
     parser.add_argument("--seeds", type=int, default=3 if full else 1)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--only", choices=SIDES, help="train this side alone, and report when the other is there")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of what was trained")
     arguments = parser.parse_args()
     data = load(path_given(), arguments.pairs)
     longer = np.array([float(pair.longer) for pair in data.heldout])
     speed = harness.Ratio("pairs_per_second_vs_trl", "pairs/s", harness.Target(least=2.0))
-    found: dict[str, list[dict[str, float]]] = {"ours": [], "trl": []}
+    found: dict[str, list[dict[str, float]]] = {who: [] for who in SIDES}
     for seed in range(arguments.seeds):
-        variants = {who: {"who": who} for who in ("ours", "trl")}
+        variants = {who: {"who": who} for who in ([arguments.only] if arguments.only else SIDES)}
         label, output = f"seed {seed}", arguments.output
         trained = train(data, variants, seed=seed, epochs=arguments.epochs, label=label, output=output)
-        for rates in zip(trained["ours"].rates(), trained["trl"].rates(), strict=True):
-            speed.add(*rates)
+        if len({result.run for result in trained.values()}) == 1 < len(trained):
+            for rates in zip(trained["ours"].rates(), trained["trl"].rates(), strict=True):
+                speed.add(*rates)
         for name, result in trained.items():
             margins = result.margins
             right = int((margins > 0).sum())
@@ -209,6 +222,8 @@ def main() -> None:
             found[name].append(measured)
             shown = "  ".join(f"{key} {value:.3f}" for key, value in measured.items())
             print(f"seed {seed}  {name:<5} {shown}  (accuracy {low:.3f} to {high:.3f})", flush=True)
+    if arguments.only:
+        return
     ours, trl = ({key: _mean([row[key] for row in rows]) for key in rows[0]} for rows in found.values())
     bias, peer_bias = (_mean([abs(row["length_correlation"]) for row in rows]) for rows in found.values())
     also = {
@@ -221,7 +236,9 @@ def main() -> None:
         f"\n{len(data.train)} pairs, {len(data.heldout)} held out, {arguments.seeds} seeds, {arguments.epochs} epochs"
     )
     print(f"trl: accuracy {trl['accuracy']}, |length correlation| {peer_bias}, ece {trl['ece']}; ours: {bias}")
-    harness.report("reward-model", [speed], arguments.seeds, also)
+    if not speed.ours:
+        print("speeds are not compared: the two never took turns")
+    harness.report("reward-model", [speed] if speed.ours else [], arguments.seeds, also)
 
 
 if __name__ == "__main__":
