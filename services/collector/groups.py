@@ -18,7 +18,7 @@ from thumbwheel.v1.events_pb2 import GenerationEvent
 from thumbwheel.v1.policy_pb2 import Prompt, Role
 
 MAX_INDEXED = 100_000
-"""After a restart, as many prompts, the newest, are looked at for likeness."""
+"""As many prompts, the newest, are looked at for likeness: some 250 MB."""
 
 
 _GROUPS = "SELECT prompt_id, group_id FROM prompts WHERE tenant = :tenant AND prompt_id IN (:many)"
@@ -35,7 +35,7 @@ class Groups:
     """Finds the groups of prompts. For one thread: that of the database's writer."""
 
     def __init__(self, settings: CurationSettings) -> None:
-        self._index = PromptGroups(settings)
+        self._index = PromptGroups(settings, most=MAX_INDEXED // 2)
         self._seen: int | None = None
         # What the index calls a group, where the database knows it by an older prompt that is not indexed.
         self._names: dict[tuple[str, str], str] = {}
@@ -82,6 +82,9 @@ class Groups:
                 if known is not None and known != row.group_id:
                     self._names[row.tenant, known] = row.group_id
                 self._seen = row.number
+        if len(self._names) > MAX_INDEXED:
+            there = {key: name for key, name in self._names.items() if self._index.group(*key) is not None}
+            self._names = there
 
 
 def text_of(prompt: Prompt) -> str:

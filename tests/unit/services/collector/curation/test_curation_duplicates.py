@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from services.collector.curation import CurationSettings, PromptGroups
 
@@ -78,3 +80,19 @@ def test_the_same_prompts_in_the_same_order_give_the_same_groups() -> None:
         runs.append([groups.add("acme", f"p{i}", text) for i, text in enumerate(prompts)])
     assert runs[0] == runs[1]
     assert len(set(runs[0])) < len(prompts)
+
+
+@given(topics=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 3)), max_size=120), most=st.integers(1, 20))
+def test_what_it_remembers_is_bounded_and_the_newest_of_it_are_still_found(
+    topics: list[tuple[int, int]], most: int
+) -> None:
+    """A topic is a long prompt, or a short one, with a word more at its end or none."""
+    groups, found, last = PromptGroups(most=most), list[str](), dict[int, int]()
+    for number, (topic, variant) in enumerate(topics):
+        words = [f"topic{topic}w{i}" for i in range(40)] if topic % 3 else [f"topic{topic}"]
+        found.append(groups.add("acme", f"p{number}", " ".join([*words, *[f"more{variant}"] * (topic % 3 > 0)])))
+        if number - last.get(topic, -1_000) <= most:
+            assert found[number] == found[last[topic]], "one like it is among the newest"
+        assert groups.group("acme", f"p{number}") == found[number]
+        assert len(groups) <= 2 * most
+        last[topic] = number
