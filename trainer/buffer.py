@@ -9,20 +9,20 @@ from pathlib import Path
 
 from thumbwheel import errors
 from trainer import samples
+from trainer.learnt import Learnt
 from trainer.samples import Group, Sample
 
 PENDING = "pending.jsonl"
-LEARNT = "learnt.txt"
 RETRACTED = "retracted.txt"
 
 
 class Buffer:
-    """Samples that wait, oldest first, and the fate of every id seen."""
+    """Samples that wait, oldest first, and the fate of every id seen; `home` as in `Learnt`."""
 
-    def __init__(self) -> None:
+    def __init__(self, home: Path | None = None) -> None:
         self._pending: dict[str, Sample] = {}
         self._arrived: dict[str, float] = {}
-        self._learnt: set[str] = set()
+        self._learnt = Learnt(home)
         self._retracted: set[str] = set()
         # Of what was taken back, or brought again: the number of what was last said. What has no higher one is stale.
         self._revisions: dict[str, int] = {}
@@ -100,8 +100,9 @@ class Buffer:
 
     def learnt(self, sample_ids: Iterable[str]) -> None:
         """Marks samples as learnt."""
+        sample_ids = list(sample_ids)
+        self._learnt.update(sample_ids)
         for sample_id in sample_ids:
-            self._learnt.add(sample_id)
             if self._pending.pop(sample_id, None) is not None:
                 del self._arrived[sample_id]
 
@@ -109,19 +110,19 @@ class Buffer:
         """Writes everything into `folder`."""
         lines = (json.dumps(samples.to_fields(sample), separators=(",", ":")) for sample in self._pending.values())
         _write_lines(folder / PENDING, lines)
-        _write_lines(folder / LEARNT, sorted(self._learnt))
+        self._learnt.save(folder)
         revisions = sorted(self._revisions.items())
         lines = (f"{id} {revision} {'retracted' if id in self._retracted else 'again'}" for id, revision in revisions)
         _write_lines(folder / RETRACTED, lines)
 
     @classmethod
-    def load(cls, folder: Path, now: float) -> Buffer:
+    def load(cls, folder: Path, now: float, home: Path) -> Buffer:
         """Reads what `save` wrote; what waits counts as arrived at `now`. Raises `errors.CorruptCheckpoint`."""
-        buffer = cls()
+        buffer = cls(home)
         try:
             for line in (folder / PENDING).read_text().splitlines():
                 buffer.add(samples.from_fields(json.loads(line)), now)
-            buffer._learnt.update((folder / LEARNT).read_text().split())
+            buffer._learnt = Learnt.load(folder, home)
             for line in (folder / RETRACTED).read_text().splitlines():
                 sample_id, revision, state = line.split() if " " in line else (line, "0", "retracted")
                 buffer._revisions[sample_id] = int(revision)

@@ -28,6 +28,8 @@ INDEX = "index.json"
 _FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 _ROUND = re.compile(r"round-(\d{6,})")
+_REMEMBERED = 1_000
+"""Files whose hashes are known."""
 _STAGING, _ROUND_STAGING = ".staging", ".staging-round"
 
 
@@ -37,6 +39,7 @@ class TrainingCheckpoints:
     def __init__(self, root: Path, *, keep: int = 2) -> None:
         self._root = root
         self._keep = keep
+        self._hashed: dict[tuple[int, ...], str] = {}
 
     def write(self, number: int, fill: Callable[[Path], None]) -> Path:
         """Makes checkpoint `number` of what `fill` writes into a folder. One that has that number is replaced: only a
@@ -99,7 +102,7 @@ class TrainingCheckpoints:
         try:
             with files.space_errors(self._root, needed, f"a training checkpoint ({target.name})"):
                 more()
-                index = {"format": _FORMAT, "files": _describe(staging)}  # 2
+                index = {"format": _FORMAT, "files": self._describe(staging)}  # 2
                 (staging / INDEX).write_text(json.dumps(index, indent=1))
                 files.sync_tree(staging)  # 3
             if target.exists():
@@ -131,17 +134,23 @@ class TrainingCheckpoints:
             )
         return None
 
+    def _describe(self, folder: Path) -> dict[str, dict[str, int | str]]:
+        """Files that a checkpoint shares with the one before are hashed once."""
+        found = dict[str, dict[str, int | str]]()
+        for path in sorted(folder.rglob("*")):
+            if not path.is_file() or path.name == INDEX:
+                continue
+            stat = path.stat()
+            same = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            digest = self._hashed[same] = self._hashed.get(same) or files.sha256(path)
+            found[path.relative_to(folder).as_posix()] = {"size": stat.st_size, "sha256": digest}
+        while len(self._hashed) > _REMEMBERED:
+            self._hashed.pop(next(iter(self._hashed)))
+        return found
+
     def _numbered(self, name: re.Pattern[str]) -> list[tuple[int, Path]]:
         found = self._root.iterdir() if self._root.is_dir() else ()
         return [(int(match[1]), path) for path in found if (match := name.fullmatch(path.name))]
-
-
-def _describe(folder: Path) -> dict[str, dict[str, int | str]]:
-    return {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": files.sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != INDEX
-    }
 
 
 def _fault(folder: Path) -> str:

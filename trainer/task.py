@@ -411,8 +411,12 @@ class Task:
                 remedy="Type `python -m trainer --init-only` first.",
             ) from error
 
+    @property
+    def _learnt_home(self) -> Path:
+        return self._shared.settings.training_path / self.name / ".learnt"
+
     def _load(self, folder: Path) -> tuple[State, Buffer]:
-        return State.from_json((folder / STATE).read_text()), Buffer.load(folder, time.monotonic())
+        return State.from_json((folder / STATE).read_text()), Buffer.load(folder, time.monotonic(), self._learnt_home)
 
     def _begin(self) -> tuple[State, Buffer]:
         """The state where there is no training checkpoint: that of the newest version, with a fresh optimizer."""
@@ -422,7 +426,7 @@ class Task:
                 "no training checkpoint: beginning from the newest version, with a fresh optimizer",
                 extra={"task": self.name, "version": state.version},
             )
-        buffer = Buffer()
+        buffer = Buffer(self._learnt_home)
         buffer.learnt(learnt)
         return state, buffer
 

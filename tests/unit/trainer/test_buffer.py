@@ -27,7 +27,8 @@ events = st.one_of(
 def test_every_sample_is_learnt_at_most_once_and_what_was_accepted_first_is_learnt(
     history: list[tuple[str, int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    buffer = Buffer()
+    home = tmp_path_factory.mktemp("home")
+    buffer = Buffer(home)
     learnt: list[str] = []
     accepted: list[str] = []  # not retracted before
     retracted: set[str] = set()
@@ -49,7 +50,7 @@ def test_every_sample_is_learnt_at_most_once_and_what_was_accepted_first_is_lear
         else:
             folder = tmp_path_factory.mktemp("buffer")
             buffer.save(folder)
-            buffer = Buffer.load(folder, number)
+            buffer = Buffer.load(folder, number, home)
     while rest := buffer.oldest(3):
         buffer.learnt(s.id for s in rest)
         learnt += [s.id for s in rest]
@@ -59,7 +60,7 @@ def test_every_sample_is_learnt_at_most_once_and_what_was_accepted_first_is_lear
 
 def test_what_is_accepted_again_is_learnt_once(tmp_path: Path) -> None:
     waits, done = SAMPLES[:2]
-    buffer = Buffer()
+    buffer = Buffer(tmp_path / "home")
     for sample in (waits, done):
         buffer.add(sample, 0.0)
     buffer.learnt([done.id])
@@ -67,15 +68,16 @@ def test_what_is_accepted_again_is_learnt_once(tmp_path: Path) -> None:
     assert [buffer.restore(sample.id, 1) for sample in (waits, done)] == [False, False], "said before the retraction"
     assert not buffer.add(waits, 1.0)
     buffer.save(tmp_path)
-    buffer = Buffer.load(tmp_path, 2.0)
+    buffer = Buffer.load(tmp_path, 2.0, tmp_path / "home")
     assert [buffer.restore(sample.id, 3) for sample in (waits, done)] == [True, True]
     assert [buffer.add(sample, 3.0) for sample in (waits, done)] == [True, False]
     assert buffer.reweigh(waits.id, 0.25)
     assert not buffer.reweigh(waits.id, 0.25)
     assert not buffer.reweigh(done.id, 0.25)
     assert [(sample.id, sample.weight) for sample in buffer.oldest(9)] == [(waits.id, 0.25)]
-    buffer.save(tmp_path)
-    buffer = Buffer.load(tmp_path, 4.0)
+    (tmp_path / "next").mkdir()
+    buffer.save(tmp_path / "next")
+    buffer = Buffer.load(tmp_path / "next", 4.0, tmp_path / "home")
     assert not buffer.retract(done.id, 2), "all is published again: this was said before"
     assert not buffer.retract(waits.id, 2)
     assert len(buffer) == 1
@@ -83,10 +85,10 @@ def test_what_is_accepted_again_is_learnt_once(tmp_path: Path) -> None:
 
 
 def test_a_buffer_of_an_older_release_is_read(tmp_path: Path) -> None:
-    buffer = Buffer()
+    buffer = Buffer(tmp_path / "home")
     buffer.save(tmp_path)
     (tmp_path / "retracted.txt").write_text(f"{SAMPLES[0].id}\n")
-    assert not Buffer.load(tmp_path, 0.0).add(SAMPLES[0], 0.0)
+    assert not Buffer.load(tmp_path, 0.0, tmp_path / "home").add(SAMPLES[0], 0.0)
 
 
 def test_a_round_is_due_when_full_or_when_enough_have_waited() -> None:
@@ -120,18 +122,18 @@ def test_the_oldest_come_first_and_stay_until_learnt() -> None:
 
 
 def test_a_restart_keeps_samples_whole(tmp_path: Path) -> None:
-    buffer = Buffer()
+    buffer = Buffer(tmp_path / "home")
     sample = make_sample(random.Random(1), weight=0.25)
     buffer.add(sample, 1.0)
     buffer.save(tmp_path)
-    loaded = Buffer.load(tmp_path, 100.0)
+    loaded = Buffer.load(tmp_path, 100.0, tmp_path / "home")
     assert loaded.oldest(1) == [sample]
     assert not loaded.due(100.5, round_size=2, min_round_size=1, max_wait=1.0)
     assert loaded.due(101.0, round_size=2, min_round_size=1, max_wait=1.0)
 
 
 def test_a_buffer_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
-    Buffer().save(tmp_path)
+    Buffer(tmp_path / "home").save(tmp_path)
     (tmp_path / "pending.jsonl").write_text('{"id": "x"}\n')
     with pytest.raises(errors.CorruptCheckpoint, match="buffer cannot be read"):
-        Buffer.load(tmp_path, 0.0)
+        Buffer.load(tmp_path, 0.0, tmp_path / "home")
