@@ -51,7 +51,7 @@ HEAD_STD = 0.02
 """Standard deviation of the weights from which members of a reward model's ensemble begin."""
 
 _FIRST_RETRY_SECONDS = 1.0
-_LAST_RETRY_SECONDS = 30.0
+_LAST_RETRY_SECONDS = 4.0
 _ACK_SECONDS = 60.0
 _STOP_SECONDS = 0.2
 

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 SILENT_SECONDS = 300.0
 """A service that answers nothing for so long is asked anew."""
-FIRST_PAUSE, LAST_PAUSE = 0.5, 15.0
+FIRST_PAUSE, LAST_PAUSE = 0.5, 3.0
 """Seconds between attempts."""
 _BULK_SECONDS = 86_400.0
 _SCORED_AT_ONCE = 8

@@ -3,10 +3,11 @@
     python -m tests.faults.parts --kills 1 --seed 1
 
 Users ask, and vote on what they are shown; policy, reward, collector and trainer are killed (-9) in an order that the
-seed decides, and started again; a client reaches the policy through a proxy that fails the ways that networks do. At
-the end three versions are announced whose weights were damaged on the disk. What users were told decides: each
-comparison that was acknowledged and accepted is in the samples of one version of the policy, and of one alone; no
-response is of a version that does not verify.
+seed decides, and started again; between any two that talk to each other there is a proxy that fails the ways that
+networks do (the collector's links to its database and its clients are in `alerted`). At the end three versions are
+announced whose weights were damaged on the disk. What users were told decides: each comparison that was acknowledged
+and accepted is in the samples of one version of the policy, and of one alone; no response is of a version that does not
+verify.
 """
 
 from __future__ import annotations
@@ -43,7 +44,12 @@ POLICY = ModelRole.MODEL_ROLE_POLICY
 PARTS = ("policy", "reward", "collector", "trainer")
 USERS = 3
 SHORT = SamplingParams(max_tokens=16, ignore_eos=True)
+LINKS = ("application", "broker", "policy", "reward")
+"""What lies behind a proxy: the policy, for applications; the broker, for all; policy and reward, for other parts."""
 ENVIRONMENT = {
+    "THUMBWHEEL_PAIRS_FROM": "both",  # so that the trainer asks policy and reward
+    "THUMBWHEEL_ROLLOUT_RESPONSES": "2",
+    "THUMBWHEEL_ROLLOUT_TOKENS": "8",
     "THUMBWHEEL_LEARN_FROM_CUT": "true",  # every answer is cut here
     "THUMBWHEEL_MAX_MODEL_LEN": "256",
     "THUMBWHEEL_ROUND_SIZE": "16",
@@ -52,6 +58,13 @@ ENVIRONMENT = {
 }
 _WAIT_SECONDS = 120.0
 _LINK_SECONDS = 3.0
+_LATE_SECONDS = 12.0
+_ALERTS = {
+    "broker": "ThumbwheelBrokerAway",
+    # A silent network takes the trainer a minute to notice, and it only waits.
+    "policy: reset": "ThumbwheelRolloutsWait",
+    "reward: reset": "ThumbwheelRolloutsWait",
+}
 
 
 @dataclass
@@ -107,7 +120,9 @@ class Wheel:
 
     def __init__(self, home: Path) -> None:
         self.deployment = Deployment(home)
-        self.broker = EmbeddedBroker(port=free_port(), log=home / "broker.log")
+        port = free_port()
+        self.links = {"broker": Proxy(port)}
+        self.broker = EmbeddedBroker(port=port, log=home / "broker.log", advertised=self.links["broker"].address)
         common = ["--home", str(home), "--bootstrap-servers", self.broker.bootstrap_servers]
         self.parts = {
             name: Process(
@@ -115,10 +130,11 @@ class Wheel:
             )
             for name in PARTS
         }
-        self.parts["collector"].arguments += ["--reward", self.parts["reward"].address]
-        self.parts["trainer"].arguments += ["--policy", self.parts["policy"].address]
-        self.parts["trainer"].arguments += ["--reward", self.parts["reward"].address]
-        self.link = Proxy(self.parts["policy"].port)
+        for link, part in {"application": "policy", "policy": "policy", "reward": "reward"}.items():
+            self.links[link] = Proxy(self.parts[part].port)
+        self.parts["collector"].arguments += ["--reward", self.links["reward"].address]
+        for part in ("policy", "reward"):
+            self.parts["trainer"].arguments += [f"--{part}", self.links[part].address]
         self.told = Told()
 
     @property
@@ -129,7 +145,8 @@ class Wheel:
     def client(self) -> AsyncClient:
         """An application."""
         reward, collector = self.parts["reward"].address, self.parts["collector"].address
-        return AsyncClient(policy=self.link.address, reward=reward, collector=collector, timeout=20.0)
+        policy = self.links["application"].address
+        return AsyncClient(policy=policy, reward=reward, collector=collector, timeout=20.0)
 
 
 @contextlib.asynccontextmanager
@@ -144,7 +161,10 @@ async def turning(home: Path) -> AsyncIterator[Wheel]:
     publish.ensure_base(
         make_tiny_llama(home / "tiny", seed=0), wheel.deployment.store, ManifestSigner.load(home / "keys")
     )
-    with wheel.broker, wheel.link:
+    with contextlib.ExitStack() as stack:
+        for link in wheel.links.values():
+            stack.enter_context(link)
+        stack.enter_context(wheel.broker)
         try:
             for part in wheel.parts.values():
                 part.start()
@@ -193,17 +213,17 @@ async def _vote(client: AsyncClient, told: Told, shown: Any, who: str) -> None:
 
 
 async def run(kills: int, seed: int, say: Callable[[str], None]) -> Report:
-    """Each part killed so many times, each fault of the network once, and three damaged versions."""
+    """Each part killed so many times, each fault of each link once, and three damaged versions."""
     draw, report = random.Random(seed), Report()
     with tempfile.TemporaryDirectory(prefix="thumbwheel-parts-") as name:
         home = Path(name)
         async with turning(home) as wheel:
             with prometheus(home / "prometheus", wheel.targets) as watching:
                 await until(_answered(wheel.told, 0.0, "policy", "reward", "collector"), timeout=_WAIT_SECONDS)
-                todo = [*PARTS] * kills + [f"network {fault}" for fault in FAULTS]
+                todo = [*PARTS] * kills + [f"{link}: {fault}" for link in LINKS for fault in FAULTS]
                 draw.shuffle(todo)
                 for what in todo:
-                    await (_network if what.startswith("network") else _kill)(wheel, watching, what, report)
+                    await (_network if ":" in what else _kill)(wheel, watching, what, report)
                     report.faults[what] += 1
                     say(f"  {what}: {_last(report, what)}")
                 await _damaged(wheel, watching, report)
@@ -236,10 +256,42 @@ async def _kill(wheel: Wheel, watching: Prometheus, what: str, report: Report) -
 
 
 async def _network(wheel: Wheel, watching: Prometheus, what: str, report: Report) -> None:
-    """Of the link from applications to the policy, which only those can see."""
-    with wheel.link.failing(what.removeprefix("network "), 1.0):  # type: ignore[arg-type]  # one of FAULTS
+    link, fault = what.split(": ")
+    alert = _ALERTS.get(what, _ALERTS.get(link))
+    await until(lambda: _is_quiet(watching, alert), timeout=_WAIT_SECONDS)
+    # What is late for the broker is later than any part waits for it; a call would only take its time.
+    with wheel.links[link].failing(fault, _LATE_SECONDS if link == "broker" else 1.0):  # type: ignore[arg-type]
+        if alert:
+            await _told_of(watching, what, alert, report)
         await asyncio.sleep(_LINK_SECONDS)
-    await _recover(wheel, what, ("policy",), report)
+    healed = time.monotonic()
+    if link == "application":  # which only those can see
+        await _recover(wheel, what, ("policy",), report)
+        return
+    if link == "broker":
+        # A vote counts when what it is about has come from the policy.
+        before = len(wheel.told.comparisons)
+        async with wheel.client() as client:
+            await until(lambda: _is_joined(client, wheel.told.comparisons[before:]), timeout=_WAIT_SECONDS, every=0.1)
+        reached = "min(thumbwheel_stream_up)"
+        await until(lambda: _is(watching, reached, 1.0), timeout=_WAIT_SECONDS, every=0.05)
+    else:
+        away = f'max(thumbwheel_trainer_service_away{{service="{link}"}})'
+        await until(lambda: _is(watching, away, 0.0), timeout=_WAIT_SECONDS, every=0.05)
+    report.recovery[what] = time.monotonic() - healed
+
+
+async def _is(watching: Prometheus, expression: str, value: float) -> bool:
+    return await asyncio.to_thread(watching.value, expression) == value
+
+
+async def _is_quiet(watching: Prometheus, alert: str | None) -> bool:
+    return alert not in {one.name for one in await asyncio.to_thread(watching.alerts)}
+
+
+async def _is_joined(client: AsyncClient, feedback_ids: list[str]) -> bool:
+    records = await client.feedback(feedback_ids)
+    return any(record.state == FeedbackState.FEEDBACK_STATE_ACCEPTED for record in records)
 
 
 async def _recover(wheel: Wheel, what: str, parts: tuple[str, ...], report: Report) -> None:
