@@ -48,7 +48,7 @@ def newest_verified(
     """The newest version that verifies, on the local disk: from the store, or where that is away or empty, one that an
     earlier process has left here. Those that do not verify are logged. Raises `errors.MissingModel`.
     """
-    from_store = [manifest.version for manifest in store.versions(role)]
+    from_store = [manifest.version for manifest in store.versions(role) if not store.is_thin(manifest.version)]
     tries = [(version, True) for version in from_store] + [(version, False) for version in held.left_here()]
     for version, in_store in tries:
         try:

@@ -193,13 +193,13 @@ def versions(home: Home = None, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps([MessageToDict(manifest, preserving_proto_field_name=True) for manifest in manifests]))
         return
-    table = Table("version", "parent", "objective", "samples", "steps", "created")
+    table = Table("version", "parent", "objective", "samples", "steps", "created", "weights")
     for manifest in manifests:
         lineage = manifest.lineage
         created = manifest.created_at.ToDatetime().isoformat(" ", "seconds")
-        table.add_row(
-            manifest.version, manifest.parent, lineage.objective, str(lineage.sample_count), str(lineage.steps), created
-        )
+        weights = "removed" if store.is_thin(manifest.version) else "there"
+        counts = (str(lineage.sample_count), str(lineage.steps))
+        table.add_row(manifest.version, manifest.parent, lineage.objective, *counts, created, weights)
     Console().print(table)
 
 

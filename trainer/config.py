@@ -225,6 +225,10 @@ class TrainerSettings(LearningSettings, Settings):
     unjudged_prompts: bool = False
     """Also answer prompts that nobody gave feedback on, where the user agreed to be learnt from."""
 
+    keep_versions: int = Field(default=20, ge=0)
+    """Of each role, as many versions, the newest, keep their weights in the store, beside version 0. What older ones
+    learnt from stays known. 0: all do."""
+
     voting_propensity: bool = True
     """Weigh thumbs by how seldom responses of their length are voted on, for `kto`; reads the topic `generations`."""
 

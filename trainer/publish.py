@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from importlib.metadata import version as package_version
@@ -21,7 +21,7 @@ from uuid_utils import uuid7
 from thumbwheel import errors, tracing
 from thumbwheel.auth import ManifestSigner
 from thumbwheel.checkpoints import delta
-from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion, version_name
+from thumbwheel.checkpoints.store import SAMPLES, LocalStore, VerifiedVersion, version_name
 from thumbwheel.heads import ONE_HEAD, Heads
 from thumbwheel.stream import topics
 from thumbwheel.stream.log import Position, Producer
@@ -34,9 +34,6 @@ logger = logging.getLogger(__name__)
 
 MODEL = "model"
 """The folder of what is published, in a training checkpoint."""
-
-SAMPLES = "samples.txt"
-"""The sorted ids of the samples that a version learnt from since its parent, one a line."""
 
 PROBE_PROMPT = "Question: What is the capital of France?\nAnswer:"
 PROBE_CONTINUATION = " The capital of France is Paris."
@@ -109,6 +106,14 @@ class Publisher:
             self._stop.wait(delay)
             delay = min(delay * 2, _LAST_RETRY_SECONDS)
         return False
+
+    def thin(self, role: ModelRole.ValueType, keep: int, *, also: Collection[str]) -> None:
+        """Removes the weights of all but the newest `keep` versions, and those in `also`, from the store."""
+        try:
+            if thinned := self._store.thin(role, keep=keep, also=also):
+                logger.info("weights of old versions removed", extra={"task": self._task, "versions": thinned})
+        except OSError as error:
+            logger.warning("weights of old versions are not removed: %s", error, extra={"task": self._task})
 
     def told(self, version: str, learnt: Sequence[Sample], *, began: float, within: str) -> None:
         """Notes of each sample how long it took to be learnt and announced, by a round that began at `began`, in

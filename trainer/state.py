@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from thumbwheel.checkpoints.store import LocalStore
+from thumbwheel.checkpoints.store import SAMPLES, LocalStore
 from thumbwheel.stream.log import TopicPartition
 from thumbwheel.v1.rollout_pb2 import ModelRole, OffsetRange
 from trainer.config import TaskName
-from trainer.publish import SAMPLES
 from trainer.samples import Sample
 
 
@@ -89,7 +88,7 @@ def begin(store: LocalStore, role: ModelRole.ValueType) -> tuple[State, list[str
         sample_id
         for manifest in versions
         if manifest.sequence
-        for sample_id in (store.load(manifest.version).path / SAMPLES).read_text().split()
+        for sample_id in store.read(manifest.version, SAMPLES).decode().split()
     ]
     newest = versions[0]
     return State(0, newest.lineage.steps, newest.version, {}, {}, start=newest.version), learnt

@@ -23,7 +23,7 @@ from google.protobuf import json_format
 
 from thumbwheel import errors, files, tracing
 from thumbwheel.auth import ManifestSigner
-from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion, version_name
+from thumbwheel.checkpoints.store import SAMPLES, LocalStore, VerifiedVersion, version_name
 from thumbwheel.stream.log import Log, Producer, TopicPartition
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, ModelRole
 from trainer import feed, guards, lineage, losses, metrics, publish
@@ -34,7 +34,7 @@ from trainer.config import TaskName, TrainerSettings
 from trainer.feed import Feed
 from trainer.ingest import Encoder, Ingest
 from trainer.losses.base import PerSample
-from trainer.publish import MODEL, SAMPLES, Publisher
+from trainer.publish import MODEL, Publisher
 from trainer.reward.watch import RewardWatch
 from trainer.samples import Kind, Sample, Tokens
 from trainer.staleness import sequence as version_number
@@ -331,6 +331,8 @@ class Task:
             within = tracing.traceparent()
         if announced:
             self._publisher.told(manifest.version, learnt, began=began, within=within)
+        if self._shared.settings.keep_versions:
+            self._publisher.thin(self._objective.role, self._shared.settings.keep_versions, also=[self._state.start])
 
     def commit(self) -> None:
         """Has the broker told how far this task is, when that is published: for monitoring lag. Nothing ever starts

@@ -29,6 +29,7 @@ from typing import Any
 import psutil
 import psycopg
 
+from services.collector.sqlite import inbox_path
 from tests.faults.checker import Asked, Verdict
 from tests.faults.cluster import Cluster, cluster
 from tests.faults.collector import settled, voting
@@ -197,10 +198,14 @@ async def _slow_disk(made: Cluster) -> AsyncIterator[None]:
     ending = asyncio.Event()
 
     def hold() -> None:
-        with contextlib.closing(sqlite3.connect(made.file, timeout=60.0, isolation_level=None)) as other:
-            other.execute("BEGIN IMMEDIATE")
+        with contextlib.ExitStack() as stack:
+            for file in (made.file, inbox_path(made.file)):
+                other = stack.enter_context(
+                    contextlib.closing(sqlite3.connect(file, timeout=60.0, isolation_level=None))
+                )
+                other.execute("BEGIN IMMEDIATE")
+                stack.callback(other.execute, "ROLLBACK")
             time.sleep(2.0)  # that is the fault
-            other.execute("ROLLBACK")
 
     async def again() -> None:
         while not ending.is_set():

@@ -33,6 +33,7 @@ from tests.faults.proxy import FAULTS, Proxy
 from tests.monitoring.prometheus import Prometheus, prometheus
 from tests.support import Deployment, Process, announce, free_port, make_tiny_llama, until
 from thumbwheel import errors
+from thumbwheel.checkpoints.store import SAMPLES
 from thumbwheel.client import AsyncClient
 from thumbwheel.stream import open_log
 from thumbwheel.stream.broker import EmbeddedBroker
@@ -363,9 +364,7 @@ async def _judge(wheel: Wheel, client: AsyncClient, report: Report) -> None:
 
     def learnt() -> Counter[str]:
         versions = [manifest.version for manifest in store.versions(POLICY) if manifest.sequence]
-        return Counter(
-            id for version in versions for id in (store.load(version).path / "samples.txt").read_text().split()
-        )
+        return Counter(id for version in versions for id in store.read(version, SAMPLES).decode().split())
 
     async def all_is_learnt() -> bool:
         return set(accepted.values()) <= (await asyncio.to_thread(learnt)).keys()

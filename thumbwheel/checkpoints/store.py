@@ -3,7 +3,8 @@
     root/policy-000003/                a version: manifest.json, manifest.sig, and the files the manifest names
     root/.staging/<id>/policy-000004/  one being written; <id> is locked by its writer, and removed when that is dead
 
-A version appears by one rename of a folder that is whole, hashed, signed and synced, and never changes afterwards.
+A version appears by one rename of a folder that is whole, hashed, signed and synced, and never changes afterwards. When
+it is old its weights may be removed: what it learnt from, and whose child it is, is known for ever.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,10 +28,15 @@ from thumbwheel.checkpoints import manifest as manifests
 from thumbwheel.checkpoints.manifest import MANIFEST, SIGNATURE, parse_version, version_name
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, ModelRole
 
-__all__ = ["LocalStore", "VerifiedVersion", "parse_version", "version_name"]
+__all__ = ["SAMPLES", "LocalStore", "VerifiedVersion", "parse_version", "version_name"]
 
 _log = logging.getLogger(__name__)
 
+SAMPLES = "samples.txt"
+"""The sorted ids of the samples that a version learnt from since its parent, one a line; written by the trainer."""
+THINNED = "thinned"
+"""In the folder of a version without weights."""
+_KEPT = (manifests.MANIFEST, manifests.SIGNATURE, SAMPLES, THINNED)
 _STAGING = ".staging"
 
 
@@ -101,31 +107,43 @@ class LocalStore:
         Only signatures are checked here: `load` a version before using it. One whose manifest does not hold is left out
         and logged as an error.
         """
-        found = []
-        for folder in self.root.iterdir() if self.root.is_dir() else ():
-            try:
-                its_role, _ = parse_version(folder.name)
-            except errors.InvalidArgument:
-                continue  # the staging area, or nothing of ours
-            if role not in (ModelRole.MODEL_ROLE_UNSPECIFIED, its_role):
-                continue
-            try:
-                found.append(manifests.read(folder, self._verifier)[0])
-            except errors.CorruptCheckpoint as error:
-                _log.error("version left out: %s", error)
-        return sorted(found, key=lambda m: (m.sequence, -m.role), reverse=True)
+        return list(self._manifests(role))
 
     def latest(self, role: ModelRole.ValueType) -> CheckpointManifest | None:
         """The manifest of a role's newest version, if there is any."""
-        return next(iter(self.versions(role)), None)
+        return next(self._manifests(role), None)
+
+    def _manifests(self, role: ModelRole.ValueType) -> Iterator[CheckpointManifest]:
+        for folder in self._folders(role):
+            try:
+                yield manifests.read(folder, self._verifier)[0]
+            except errors.CorruptCheckpoint as error:
+                _log.error("version left out: %s", error)
+
+    def _folders(self, role: ModelRole.ValueType) -> list[Path]:
+        """Those of a role's versions, newest first, by their names."""
+        found = []
+        for folder in self.root.iterdir() if self.root.is_dir() else ():
+            try:
+                its_role, sequence = parse_version(folder.name)
+            except errors.InvalidArgument:
+                continue  # the staging area, or nothing of ours
+            if role in (ModelRole.MODEL_ROLE_UNSPECIFIED, its_role):
+                found.append((sequence, -its_role, folder))
+        return [folder for _, _, folder in sorted(found, reverse=True)]
 
     def load(self, version: str) -> VerifiedVersion:
         """Verifies a version: signature first, then the exact set of files, their sizes and hashes.
 
         Reads every byte (about 1 GB/s). Raises `errors.InvalidArgument` for what is no version's name,
-        `errors.NotFound`, and `errors.CorruptCheckpoint` naming the file.
+        `errors.NotFound`, also where its weights were removed, and `errors.CorruptCheckpoint` naming the file.
         """
         folder = self._folder(version)
+        if self.is_thin(version):
+            raise errors.NotFound(
+                f"The weights of {version} were removed from {self.root}: it is not among the newest.",
+                remedy="Take a newer version, or put its folder back from a copy; --keep-versions says how many stay.",
+            )
         manifest, data = self.read_manifest(folder)
         manifests.check_files(folder, manifest)
         return VerifiedVersion(folder, manifest, files.sha256_bytes(data))
@@ -138,6 +156,43 @@ class LocalStore:
         folder = self._folder(version)
         manifest, data = self.read_manifest(folder)
         return manifest, data, (folder / SIGNATURE).read_bytes()
+
+    def read(self, version: str, path: str) -> bytes:
+        """A small file of a version, as its manifest says it is; also of one whose weights were removed.
+
+        Raises `errors.InvalidArgument`, `errors.NotFound` and `errors.CorruptCheckpoint`.
+        """
+        folder = self._folder(version)
+        manifest, _ = self.read_manifest(folder)
+        wanted = next((file.sha256 for file in manifest.files if file.path == path), "")
+        try:
+            data = (folder / path).read_bytes()
+        except OSError as error:
+            raise manifests.corrupt(version, path, f"cannot be read: {error}") from error
+        if files.sha256_bytes(data) != wanted:
+            raise manifests.corrupt(version, path, "was altered: its SHA-256 is not the manifest's")
+        return data
+
+    def is_thin(self, version: str) -> bool:
+        """Whether the weights of a version were removed."""
+        return (self.root / version / THINNED).exists()
+
+    def thin(self, role: ModelRole.ValueType, *, keep: int, also: Collection[str] = ()) -> list[str]:
+        """Removes all but manifest and samples' ids of a role's versions that are not among the newest `keep`, but for
+        version 0 and those in `also`. Returns which they were. Raises `OSError`; what is begun is finished next time.
+        """
+        thinned = []
+        for folder in self._folders(role)[keep:]:
+            if parse_version(folder.name)[1] == 0 or folder.name in also:
+                continue
+            left = [path for path in folder.rglob("*") if path.is_file() and path.name not in _KEPT]
+            if not left:
+                continue
+            (folder / THINNED).touch()  # first: what is half removed is not to be taken for damaged
+            for path in left:
+                path.unlink(missing_ok=True)
+            thinned.append(folder.name)
+        return thinned
 
     def open(self, version: str, path: str) -> BinaryIO:
         """A file of a version, unverified, to be read and closed. Raises `OSError`."""

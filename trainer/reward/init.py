@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from thumbwheel import errors, files
 from thumbwheel.auth import ManifestSigner, ManifestVerifier, create_keys
-from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion, version_name
+from thumbwheel.checkpoints.store import SAMPLES, LocalStore, VerifiedVersion, version_name
 from thumbwheel.heads import Heads
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, Lineage, ModelRole, Probe
 from trainer import base, losses, publish, runtime
@@ -249,7 +249,7 @@ def _publish(
     def write(folder: Path) -> None:
         shutil.copytree(best, folder, dirs_exist_ok=True)
         publish.copy_tokenizer(start, folder)
-        (folder / publish.SAMPLES).write_text(ids)
+        (folder / SAMPLES).write_text(ids)
         (folder / CURVES).write_text(json.dumps({"loss": curves.loss, "judged": curves.judged}, indent=1))
 
     store.publish(manifest, write, signer)

@@ -19,11 +19,10 @@ import numpy as np
 
 from thumbwheel import errors
 from thumbwheel.auth import ManifestVerifier
-from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion
+from thumbwheel.checkpoints.store import SAMPLES, LocalStore, VerifiedVersion
 from thumbwheel.v1.rollout_pb2 import ModelRole
 from trainer import balance, calibration
 from trainer.encode import record_encoder
-from trainer.publish import SAMPLES
 from trainer.reward import pairs as reading
 from trainer.reward.config import ReportSettings
 from trainer.samples import Pair
@@ -61,7 +60,7 @@ def run(settings: ReportSettings, stop: Callable[[], bool]) -> Path:
     now = judged(version.path)
     before = None
     parent = version.manifest.parent
-    if parent and (store.root / parent).exists():
+    if parent and (store.root / parent).exists() and not store.is_thin(parent):
         print(f"judging {parent}, the one before", file=sys.stderr)
         before = judged(store.load(parent).path)
     output = settings.output or Path(f"{settings.version}.html")
@@ -81,10 +80,10 @@ def _unseen(
     learnt = set[str]()
     name = version.manifest.version
     while name and (store.root / name).exists():
-        link = store.load(name)
-        if link.manifest.sequence:
-            learnt.update((link.path / SAMPLES).read_text().split())
-        name = link.manifest.parent
+        link, _, _ = store.describe(name)
+        if link.sequence:
+            learnt.update(store.read(name, SAMPLES).decode().split())
+        name = link.parent
     unseen = [pair for pair in found if pair.id not in learnt and not pair.tie]
     if not unseen:
         raise errors.FailedPrecondition(

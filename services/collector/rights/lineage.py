@@ -9,13 +9,10 @@ from typing import NamedTuple
 
 from thumbwheel import files
 from thumbwheel.auth import ManifestVerifier
-from thumbwheel.checkpoints.store import LocalStore
+from thumbwheel.checkpoints.store import SAMPLES, LocalStore
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, ModelRole
 
 logger = logging.getLogger(__name__)
-
-SAMPLES = "samples.txt"
-"""The ids of the samples that a version learnt from since its parent, one a line; written by the trainer."""
 
 
 class Learnt(NamedTuple):

@@ -18,6 +18,7 @@ from tests.unit.trainer.test_ingest import comparison
 from thumbwheel import errors, tracing
 from thumbwheel.auth import ManifestSigner
 from thumbwheel.checkpoints import delta
+from thumbwheel.checkpoints.store import SAMPLES
 from thumbwheel.stream import topics
 from thumbwheel.stream.log import Headers
 from thumbwheel.stream.memory import MemoryLog
@@ -68,8 +69,7 @@ def rounds(shared: Shared, count: int, *, name: TaskName = "policy", resident: b
 
 
 def samples(shared: Shared, version: str) -> list[int]:
-    text = (shared.store.load(version).path / "samples.txt").read_text()
-    return [int(sample_id[-12:]) for sample_id in text.split()]
+    return [int(sample_id[-12:]) for sample_id in shared.store.read(version, SAMPLES).decode().split()]
 
 
 def announced(shared: Shared) -> list[str]:
@@ -271,6 +271,18 @@ def test_without_its_checkpoints_a_task_goes_on_from_the_newest_version(shared: 
     assert third.lineage.steps == 3
     assert samples(shared, "policy-000003") == [8, 9, 10, 11]
     assert announced(shared) == [f"policy-00000{n}" for n in (0, 1, 2, 2, 3)]
+
+
+def test_only_the_newest_keep_their_weights_and_what_the_others_learnt_is_not_learnt_again(shared: Shared) -> None:
+    shared = dataclasses.replace(shared, settings=shared.settings.model_copy(update={"keep_versions": 1}))
+    rounds(shared, 2)
+    store, names = shared.store, [f"policy-00000{number}" for number in range(4)]
+    assert [store.is_thin(name) for name in names] == [False, True, False, False]
+    (shared.settings.training_path / "policy").rename(shared.settings.home / "moved away")
+    rounds(shared, 1)  # from the newest version, which is what it begins from at every restart now
+    rounds(shared, 0)
+    assert [samples(shared, name) for name in names[1:]] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert [store.is_thin(name) for name in names] == [False, True, False, False], "the second is what it began from"
 
 
 def test_a_version_of_other_samples_under_the_same_name_is_refused(shared: Shared) -> None:

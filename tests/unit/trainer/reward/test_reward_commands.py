@@ -12,9 +12,9 @@ import pytest
 
 from thumbwheel import errors
 from thumbwheel.auth import ManifestVerifier
-from thumbwheel.checkpoints.store import LocalStore, VerifiedVersion
+from thumbwheel.checkpoints.store import SAMPLES, LocalStore, VerifiedVersion
 from thumbwheel.heads import Heads
-from trainer import models, publish
+from trainer import models
 from trainer.reward import init, report
 from trainer.reward.config import InitSettings, ReportSettings
 from trainer.reward.pairs import held_out
@@ -70,7 +70,7 @@ def load(home: Path, version: str) -> VerifiedVersion:
 def test_the_version_has_learnt_and_says_of_what(home: Path) -> None:
     version = load(home, "reward-000001")
     manifest = version.manifest
-    ids = (version.path / publish.SAMPLES).read_text().split()
+    ids = (version.path / SAMPLES).read_text().split()
     assert manifest.parent == "reward-000000"
     assert manifest.lineage.sample_count == len(ids)
     assert 0 < manifest.metrics["heldout_pairs"] == 160 - len(ids)
@@ -112,7 +112,7 @@ def test_the_report_judges_what_was_not_learnt(home: Path, data: Path, tmp_path:
 
 def test_a_report_on_nothing_unseen_says_what_to_do(home: Path, tmp_path: Path) -> None:
     seen = tmp_path / "seen.jsonl"
-    learnt = (load(home, "reward-000001").path / publish.SAMPLES).read_text().split()
+    learnt = (load(home, "reward-000001").path / SAMPLES).read_text().split()
     seen.write_text(json.dumps({"id": learnt[0], "prompt": "q", "chosen": "x", "rejected": "y"}))
     with pytest.raises(errors.FailedPrecondition, match="none is left to judge it on"):
         report.run(ReportSettings(version="reward-000001", home=home, data=seen), never)

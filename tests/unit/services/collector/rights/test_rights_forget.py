@@ -18,14 +18,13 @@ from services.collector.outbox import now_micros
 from services.collector.rights import admission, copies, erasure
 from services.collector.rights import eraser as erasers
 from services.collector.rights.eraser import Eraser
-from services.collector.rights.lineage import SAMPLES
 from services.collector.rights.tenants import TenantRules, Tenants
 from services.collector.rules import Rules
 from tests.unit.services.collector import parts
 from tests.unit.services.collector.parts import TIE, A, B, Deployment
 from thumbwheel import errors, files
 from thumbwheel.auth import ManifestSigner, ManifestVerifier
-from thumbwheel.checkpoints.store import LocalStore, version_name
+from thumbwheel.checkpoints.store import SAMPLES, LocalStore, version_name
 from thumbwheel.stream import topics
 from thumbwheel.v1.events_pb2 import (
     ComparisonEvent,
