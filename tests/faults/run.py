@@ -15,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +37,20 @@ def commands(seeds: Sequence[int], *, long: bool) -> list[list[str]]:
     if long:
         found.append([sys.executable, "-m", "tests.faults.swaps"])
     return found
+
+
+def told(command: Sequence[str]) -> tuple[str, int]:
+    """Runs it. Returns what it printed, which is printed as it comes, and its status."""
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        late = threading.Timer(_LONGEST_SECONDS, process.kill)
+        late.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+        late.cancel()
+    return "".join(lines), process.returncode
 
 
 def closing(output: str) -> dict[str, Any]:
@@ -84,10 +99,9 @@ def main() -> int:
     for command in commands(seeds, long=given.long):
         said = " ".join(command[command.index("-m") :])
         print(f"{said} ...", flush=True)
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=_LONGEST_SECONDS, check=False)
-        print(done.stdout, end="", flush=True)
-        lines.append(closing(done.stdout))
-        if done.returncode:
+        output, status = told(command)
+        lines.append(closing(output))
+        if status:
             failed.append(said)
     print(json.dumps(total(lines, failed, time.monotonic() - began)))
     return 1 if failed else 0

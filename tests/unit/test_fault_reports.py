@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from bench import soak
@@ -44,6 +46,12 @@ def test_lines_add_up_and_what_failed_is_named() -> None:
     assert (total["injected"], total["lost"], total["acknowledged"]) == (13, 1, 5)
     assert (total["most_evaluations"], total["most_recovery_seconds"], total["retries"]) == (1.5, 2.5, 1.02)
     assert (total["failed"], total["seconds"]) == (["tests.faults.parts"], 61)
+
+
+def test_what_a_command_prints_is_told_as_it_comes(capfd: pytest.CaptureFixture[str]) -> None:
+    code = "import sys; print('first', flush=True); print('{}'); sys.exit(3)"
+    assert run.told([sys.executable, "-c", code]) == ("first\n{}\n", 3)
+    assert capfd.readouterr().out == "first\n{}\n"
 
 
 def test_both_forms_run_every_kind() -> None:
