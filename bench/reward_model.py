@@ -4,10 +4,10 @@
     make bench-reward-model DATA=pairs.jsonl.gz FULL=1     three seeds, all pairs
 
 Both start from the default model's body, and see the same tokens, pairs a step, epochs and learning rates: 2e-5, and
-5e-4 for the head, which TRL is given an optimizer for. TRL computes in bf16 with fp32 weights (its default, and faster
-than fp32). What else they do is their own: TRL's rates fall to zero, and its head begins at random; here rates stay,
-lengths are balanced, scores are held near zero, the two responses of a pair share their prompt, and the head begins at
-zero. 300 pairs, chosen by hash, are held out. Steps take turns.
+5e-4 for the head, which TRL is given an optimizer for; both fall to zero over the run, TRL's default. TRL computes in
+bf16 with fp32 weights (its default, and faster than fp32). What else they do is their own: TRL's head begins at
+random; here it begins at zero, lengths are balanced, scores are held near zero, and the two responses of a pair share
+their prompt. 300 pairs, chosen by hash, are held out. Steps take turns.
 
 What is trained is kept in `--output`, and what is there is not trained again: a run that was broken off goes on with
 the seed that it was at, and one that `--only` named a side of with the other. Speeds are compared only where both took
@@ -137,7 +137,14 @@ class Worker:
 
 
 def train(
-    data: Data, variants: Mapping[str, Mapping[str, Any]], *, seed: int, epochs: int, label: str, output: Path
+    data: Data,
+    variants: Mapping[str, Mapping[str, Any]],
+    *,
+    seed: int,
+    epochs: int,
+    label: str,
+    output: Path,
+    learning_rate: float = LEARNING_RATE,
 ) -> dict[str, Trained]:
     """Trains all variants, a step of each in turn, and leaves them in the folder `output`; or takes them from there."""
     common: dict[str, Any] = {
@@ -147,7 +154,7 @@ def train(
         "seed": seed,
         "epochs": epochs,
         "batch_size": BATCH_SIZE,
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": learning_rate,
         "head_learning_rate": HEAD_LEARNING_RATE,
         "settings": {},
     }
@@ -192,6 +199,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=0 if full else 600, help="pairs to learn from; 0 for all")
     parser.add_argument("--seeds", type=int, default=3 if full else 1)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="of the body, on both sides")
     parser.add_argument("--only", choices=SIDES, help="train this side alone, and report when the other is there")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of what was trained")
     arguments = parser.parse_args()
@@ -202,7 +210,15 @@ def main() -> None:
     for seed in range(arguments.seeds):
         variants = {who: {"who": who} for who in ([arguments.only] if arguments.only else SIDES)}
         label, output = f"seed {seed}", arguments.output
-        trained = train(data, variants, seed=seed, epochs=arguments.epochs, label=label, output=output)
+        trained = train(
+            data,
+            variants,
+            seed=seed,
+            epochs=arguments.epochs,
+            label=label,
+            output=output,
+            learning_rate=arguments.learning_rate,
+        )
         if len({result.run for result in trained.values()}) == 1 < len(trained):
             for rates in zip(trained["ours"].rates(), trained["trl"].rates(), strict=True):
                 speed.add(*rates)

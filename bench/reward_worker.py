@@ -83,8 +83,15 @@ def train_ours(job: Job, pairs: list[Pair], folder: Path, turns: Turns) -> None:
     from trainer.learner import Learner, StepReport
 
     publish.write_scorer(Path(job.base), folder / "start")
-    fields = {"micro_batch_tokens": MICRO_BATCH_TOKENS, "head_learning_rate": job.head_learning_rate, **job.settings}
-    settings = LearningSettings(epochs=job.epochs, batch_size=job.batch_size, seed=job.seed, **fields)
+    fields = {
+        "micro_batch_tokens": MICRO_BATCH_TOKENS,
+        "head_learning_rate": job.head_learning_rate,
+        "learning_rate_decay": "linear",
+        **job.settings,
+    }
+    settings = LearningSettings.model_validate(
+        {"epochs": job.epochs, "batch_size": job.batch_size, "seed": job.seed, **fields}
+    )
     objective = losses.objective("reward", ModelRole.MODEL_ROLE_REWARD, settings)
     learner = Learner(objective, folder / "start", settings, learning_rate=job.learning_rate)
 

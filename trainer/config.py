@@ -24,7 +24,10 @@ class LearningSettings(CommandSettings):
     prompt are one sample."""
 
     warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps over which the learning rate rises to its value; it is constant afterwards."""
+    """Optimizer steps over which the learning rate rises to its value."""
+
+    learning_rate_decay: Literal["none", "linear"] = "none"
+    """Whether the learning rate falls to zero over the steps of a round; for where one round is all there is."""
 
     beta: float = Field(default=0.1, gt=0)
     """How strongly the preferences (DPO's family, KTO) are held near the reference; larger is nearer."""

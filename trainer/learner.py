@@ -187,7 +187,7 @@ class Learner:
         # What is being saved is read out of the memory that the optimizer is about to change.
         self._captured.wait()
         computed = time.perf_counter()
-        grad_norm = self._engine.step(self._learning_rates())
+        grad_norm = self._engine.step(self._learning_rates((number - 1) / count))
         self._require_finite("gradient norm", grad_norm)
         self.steps_done += 1
         seconds = {"gradients": computed - began, "optimizer": time.perf_counter() - computed}
@@ -335,9 +335,12 @@ class Learner:
             self._model = None
             runtime.free_memory()
 
-    def _learning_rates(self) -> list[float]:
+    def _learning_rates(self, done: float) -> list[float]:
+        """Of the parameter groups, where so much of the round, from 0 to 1, is `done`."""
         warmup = self._settings.warmup_steps
         factor = min(1.0, (self.steps_done + 1) / warmup) if warmup else 1.0
+        if self._settings.learning_rate_decay == "linear":
+            factor *= 1 - done
         return [0.0 if self.steps_done < group.frozen_steps else group.learning_rate * factor for group in self._groups]
 
     def _named(self, term: Term, measures: Mapping[str, float]) -> dict[str, float]:

@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from trainer.team import Team
 
 _SETTINGS = (
-    *("epochs", "batch_size", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *(
+        "epochs",
+        "batch_size",
+        "warmup_steps",
+        "learning_rate_decay",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+    ),
     *("max_grad_norm", "max_length", "micro_batch_tokens", "seed", "zero_stage", "lora_rank", "lora_alpha"),
     "voting_propensity",
 )

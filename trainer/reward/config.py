@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from platformdirs import user_data_path
 from pydantic import Field
@@ -34,6 +35,9 @@ class InitSettings(LearningSettings):
 
     learning_rate: float = Field(default=2e-5, gt=0)
     """Learning rate of the body."""
+
+    learning_rate_decay: Literal["none", "linear"] = "linear"
+    """Whether the learning rate falls to zero over the run."""
 
     head_learning_rate: float = Field(default=5e-4, ge=0)
     """Learning rate of the heads, which begin at zero; 0 is that of the body."""

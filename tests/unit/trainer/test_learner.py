@@ -270,6 +270,26 @@ def test_rollouts_over_several_rows_have_the_gradient_of_one(text: str, policy_p
     assert norms[1:] == pytest.approx(norms[:1] * 2, rel=0.03)
 
 
+@pytest.mark.parametrize(("decay", "rates"), [("none", [1.0, 1.0, 1.0, 1.0]), ("linear", [1.0, 0.75, 0.5, 0.25])])
+def test_the_rate_falls_over_a_round_where_it_is_to(
+    decay: str, rates: list[float], reward_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_with(learning_rate_decay=decay, batch_size=2)
+    learner = Learner(losses.objective("reward", REWARD, settings), reward_path, settings, learning_rate=1e-3)
+    seen: list[float] = []
+    step = learner._engine.step
+
+    def noted(given: list[float]) -> float:
+        seen.append(given[0])
+        return step(given)
+
+    monkeypatch.setattr(learner._engine, "step", noted)
+    for number in (1, 2):
+        learner.learn(make_samples(8), {}, round_number=number)
+    learner.close()
+    assert [rate / 1e-3 for rate in seen] == pytest.approx([*rates, *rates]), "each round anew"
+
+
 def test_ppo_goes_on_bit_for_bit_with_its_critic_and_its_kl_weight(policy_path: Path, tmp_path: Path) -> None:
     settings = settings_with(kl_target=0.5, kl_horizon=10, critic_warmup_steps=1, batch_size=2, micro_batch_tokens=400)
     objective, rounds = mixture("ppo", settings), (make_groups(4)[:2], make_groups(4)[2:])
