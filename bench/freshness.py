@@ -107,7 +107,8 @@ def bare(pairs: Sequence[dict[str, Any]], model: str, repeats: int) -> tuple[lis
         for what in ("step", "reload"):
             command = [sys.executable, "-m", "bench.freshness_bare", what, str(path), str(repeats), model]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=WAIT_SECONDS)
-            found.append(json.loads(done.stdout.splitlines()[-1]))
+            told = [line for line in done.stdout.splitlines() if line.startswith("@")]  # engines say things, too
+            found.append(json.loads(told[-1][1:]))
     return found[0], found[1]
 
 
