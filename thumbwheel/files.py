@@ -39,6 +39,10 @@ def write_new(path: Path, data: bytes, *, mode: int) -> None:
         os.fsync(file.fileno())
 
 
+DIGEST_SUFFIX = ".sha256"
+"""Of the file beside another one that holds its SHA-256, where who wrote it has worked that out."""
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file as 64 hexadecimal digits. Read in chunks, outside the interpreter's lock."""
     with path.open("rb") as file:

@@ -135,14 +135,16 @@ class TrainingCheckpoints:
         return None
 
     def _describe(self, folder: Path) -> dict[str, dict[str, int | str]]:
-        """Files that a checkpoint shares with the one before are hashed once."""
+        """Files that are shared with the checkpoint before are hashed once, and those never that come with a digest."""
         found = dict[str, dict[str, int | str]]()
         for path in sorted(folder.rglob("*")):
             if not path.is_file() or path.name == INDEX:
                 continue
             stat = path.stat()
             same = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-            digest = self._hashed[same] = self._hashed.get(same) or files.sha256(path)
+            told = path.with_name(path.name + files.DIGEST_SUFFIX)
+            digest = told.read_text() if told.exists() else self._hashed.get(same) or files.sha256(path)
+            self._hashed[same] = digest
             found[path.relative_to(folder).as_posix()] = {"size": stat.st_size, "sha256": digest}
         while len(self._hashed) > _REMEMBERED:
             self._hashed.pop(next(iter(self._hashed)))

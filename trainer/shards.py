@@ -2,8 +2,9 @@
 
     learner.json                  shapes, AdamW's count of steps, the objectives' states, how many files there are
     rank-00000.safetensors        KIND:PARAMETER, a flat part of it in float32, and where the part begins
+    rank-00000.safetensors.sha256 its SHA-256, for who describes the folder
 
-Files are written straight from the memory that the optimizer works on, without a copy, and hashed on the way.
+Files are written straight from the memory that the optimizer works on, without a copy, and hashed beside that.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from thumbwheel import errors
+from thumbwheel import errors, files
 from trainer.engine import MASTER, Fragment
 
 INDEX = "learner.json"
@@ -35,8 +37,8 @@ def file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def write(path: Path, fragments: Sequence[Fragment], more: Mapping[str, Tensor], captured: Callable[[], None]) -> str:
-    """Writes fragments and some more tensors; the file has its name when it is whole and synced. Returns its SHA-256.
+def write(path: Path, fragments: Sequence[Fragment], more: Mapping[str, Tensor], captured: Callable[[], None]) -> None:
+    """Writes fragments and some more tensors; the file has its name when it is whole and synced.
 
     `captured` is called as soon as the tensors may change again.
     """
@@ -48,19 +50,21 @@ def write(path: Path, fragments: Sequence[Fragment], more: Mapping[str, Tensor],
     part = path.with_name(f".{path.name}.part")
     digest = hashlib.sha256()
     try:
-        with part.open("wb", buffering=0) as file:
+        # At the same time: hashing is the processor's work, writing the disk's.
+        with part.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "hashing") as beside:
             for data in _serialized(tensors, starts):
-                digest.update(data)
+                hashing = beside.submit(digest.update, data)
                 view = memoryview(data)
                 while len(view):
                     view = view[file.write(view) :]
+                hashing.result()
             captured()
             os.fsync(file.fileno())
+        path.with_name(path.name + files.DIGEST_SUFFIX).write_text(digest.hexdigest())
         part.rename(path)
     finally:
         captured()
         part.unlink(missing_ok=True)
-    return digest.hexdigest()
 
 
 def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from thumbwheel import errors
+from thumbwheel import errors, files
 from trainer import shards
 from trainer.engine import MASTER, MOMENTS, Fragment
 
@@ -47,6 +47,12 @@ def test_the_files_are_what_the_formats_own_library_reads(folder: Path, matrix: 
     found = load_file(folder / shards.file_name(0))
     assert found.keys() == {"random", *(f"{kind}:w" for kind in KINDS)}
     assert torch.equal(found["exp_avg:w"], matrix["exp_avg"].view(-1)[:10])
+
+
+def test_each_comes_with_its_digest(folder: Path) -> None:
+    for rank in range(3):
+        path = folder / shards.file_name(rank)
+        assert path.with_name(f"{path.name}.sha256").read_text() == files.sha256(path)
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 24), (0, 7), (8, 12), (10, 24), (23, 24)])

@@ -168,3 +168,30 @@ def test_a_checkpoint_is_none_before_its_second_half_is_done(checkpoints: Traini
 def _made(folder: Path) -> Path:
     folder.mkdir()
     return folder
+
+
+def test_files_are_hashed_once_and_those_not_that_come_with_a_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, hashed = TrainingCheckpoints(tmp_path / "policy"), list[str]()
+    sha256 = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path.name) or sha256(path))  # type: ignore[func-returns-value]
+    (tmp_path / "shared").write_text("shared")
+
+    def fill(folder: Path) -> None:
+        (folder / "link").hardlink_to(tmp_path / "shared")
+        (folder / "told").write_text("told")
+        (folder / "told.sha256").write_text(files.sha256_bytes(b"told"))
+        (folder / "fresh").write_text("fresh")
+
+    for number in (1, 2):
+        checkpoints.write(number, fill)
+    assert hashed == ["fresh", "link", "told.sha256", "fresh", "told.sha256"]
+    assert checkpoints.newest() == tmp_path / "policy" / "checkpoint-000002"
+
+    def fill_otherwise(folder: Path) -> None:
+        fill(folder)
+        (folder / "told").write_text("tolb")  # what reached the disk is not what was hashed
+
+    checkpoints.write(3, fill_otherwise)
+    assert checkpoints.newest() == tmp_path / "policy" / "checkpoint-000002"
