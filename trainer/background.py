@@ -19,8 +19,8 @@ class Background:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=_give_way)
         self._futures: list[Future[None]] = []
 
-    def submit(self, work: Callable[[], None]) -> None:
-        """Does `work` after all that was submitted before; not at all, where that failed."""
+    def submit(self, work: Callable[[], None]) -> Future[None]:
+        """Does `work` after all that was submitted before; not at all, where that failed. The future says when."""
         self.check()
         before, context = list(self._futures), contextvars.copy_context()  # traces go on in it
 
@@ -29,7 +29,9 @@ class Background:
                 future.result()
             context.run(work)
 
-        self._futures.append(self._executor.submit(run))
+        future = self._executor.submit(run)
+        self._futures.append(future)
+        return future
 
     def check(self) -> None:
         """Raises what work failed with."""

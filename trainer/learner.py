@@ -270,8 +270,8 @@ class Learner:
     def save(self, folder: Path, model: Path | None = None) -> Background:
         """Writes master weights, optimizer, random state and the objectives' states into `folder`, and the model, as
         `write_model` does, into `model`, a policy's LoRA by itself below it too, in the background; wait for the end of
-        what it returns. Meanwhile the learner may learn: its next step of the optimizer waits until all is read out of
-        memory.
+        what it returns; the model is there sooner, when `model_saved` is done. Meanwhile the learner may learn: its
+        next step of the optimizer waits until all is read out of memory.
         """
         rank, files = ranks.rank(), 1 if self._engine.stage == 0 else ranks.count()
         self.wait_saved()
@@ -287,7 +287,7 @@ class Learner:
         }
         self._captured.clear()
 
-        def write() -> None:
+        def write_weights() -> None:
             try:
                 if model is not None and rank == 0 and not together:
                     self._write_whole(model)
@@ -297,6 +297,8 @@ class Learner:
             except BaseException:
                 self._captured.set()
                 raise
+
+        def write() -> None:
             if rank < files:
                 shards.write(folder / shards.file_name(rank), fragments, {_RANDOM: random_state}, self._captured.set)
             self._captured.set()
@@ -304,6 +306,7 @@ class Learner:
                 shards.write_index(folder, index)
                 shards.await_all(folder, files, _WRITE_SECONDS)
 
+        self.model_saved = self._writing.submit(write_weights)
         self._writing.submit(write)
         return self._writing
 

@@ -1,14 +1,15 @@
 """The loop: every piece of feedback is learnt from once, and what was learnt goes live.
 
     ingest ─▶ batch ─▶ learn ─▶ checkpoint ─▶ publish ─▶ commit
-      ▲  waits for feedback         │            │           only tells the broker, for lag
-      │  and for rollouts           │            │
-      └─────────────────────────────┘            waits for the broker to have the announcement
-          from here on a crash repeats nothing
+      ▲  waits for    │ written     │ begun      │           only tells the broker, for lag
+      │  feedback and │ down        │            the version; then the rest of the checkpoint
+      │  rollouts     │             │
+      └───────────────┴─────────────┘
 
-Tasks take turns. A crash before the checkpoint repeats the round from the same offsets; a crash after it publishes what
-the checkpoint stands for. Both come out as if there had been none. What a guard finds unfit is not kept: the task
-halts, and the others go on.
+Tasks take turns. A crash before the checkpoint is finished learns the round again, from the very samples that were
+written down, and comes to the version that is there, if it was published; one after it publishes what the checkpoint
+stands for. All come out as if there had been none. What a guard finds unfit is not kept: the task halts, and the others
+go on.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def run(tasks: Sequence[Task], stop: threading.Event, ready: Callable[[bool], No
 
 
 def turn(task: Task) -> None:
-    """A round of one task. The order of the last three is what makes every sample count once."""
+    """A round of one task. Their order is what makes every sample count once."""
     samples = task.batch()
     learnt = [sample.traceparent for sample in samples]
     with tracing.span("trainer.round", links=learnt, task=task.name, samples=len(samples)):

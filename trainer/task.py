@@ -15,9 +15,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from google.protobuf import json_format
 
@@ -72,6 +73,14 @@ class Shared:
         return Team(self.settings, self.stop.is_set)
 
 
+class _Making(NamedTuple):
+    """A checkpoint that is not finished."""
+
+    staging: Path
+    model_saved: Future[None]
+    finish: Callable[[], None]
+
+
 class Task:
     """One of the trainer's tasks, as its newest training checkpoint left it. `resume` comes first, once.
 
@@ -95,17 +104,23 @@ class Task:
         self._referenced: PerSample = {}
         self._began = 0.0
         self._after = Background(f"after-{name}")
+        self._making: _Making | None = None
         self._to_commit: dict[TopicPartition, int] = {}
         self._folder = self._checkpoints.newest()
         self._state, self._buffer = self._load(self._folder) if self._folder else self._begin()
         # Where a round was being learnt, what it learns is taken from there, and not read from the stream again.
         self._begun = self._checkpoints.round(self._state.round + 1)
         self._planned: list[str] = []
+        self._published = ""
+        """The version that the round in `_begun` was published as, where it was before it came to a checkpoint."""
+        self._held: list[Sample] = []
+        """What that version learnt from, until it is learnt again."""
         start = self._state
         if self._begun is not None:
             start, self._buffer = self._load(self._begun)
             lesson = json.loads((self._begun / LESSON).read_text())
             self._planned, self._retracted = lesson["samples"], lesson["retracted"]
+            self._hold_published()
         self._halted = ""
         self._watch = Watch(name, settings)
         self._reward_watch = RewardWatch.load(self._begun or self._folder)
@@ -144,6 +159,8 @@ class Task:
         self._after.check()
         self._commit_published()
         self._shared.team.idle()
+        if self._held:  # before anything else is read
+            return
         self._retracted += self._ingest.read(self._buffer, timeout)
         self._feed.collect(self._buffer, time.monotonic())
         self._feed.ask(self._buffer)
@@ -182,6 +199,8 @@ class Task:
 
     def due(self) -> bool:
         """True where a round is to start. Rollouts that are too old by now are dropped."""
+        if self._held:
+            return not self._halted
         # What was taken back since is not learnt, also of a round that was begun.
         self._planned = [sample.id for sample in self._buffer.pick(self._planned)]
         if self._planned:
@@ -199,6 +218,9 @@ class Task:
         """The samples of the next round, oldest first; they go on waiting until a checkpoint has them. Which they are
         is written down before they are learnt. Raises `errors.NoSpace`.
         """
+        if self._held:
+            self._planned, held, self._held = [], self._held, []
+            return held
         if self._planned:
             wanted, self._planned = self._planned, []
             return self._buffer.pick(wanted)
@@ -256,8 +278,8 @@ class Task:
     def checkpoint(self, samples: Sequence[Sample], measured: dict[str, float]) -> None:
         """Makes what was learnt durable, together with everything it depends on: from then on it is never learnt again.
 
-        Most of it is written in the background, where the learner stays in memory. Raises `errors.NoSpace`, and what
-        kept the round before from being written or published.
+        Most of it is written in the background, when `publish` has published what came of it. Raises `errors.NoSpace`,
+        and what kept the round before from being written or published.
         """
         self._after.wait()
         self._buffer.learnt(sample.id for sample in samples)
@@ -266,7 +288,7 @@ class Task:
             round=self._state.round + 1,
             steps=self._shared.team.learner.steps_done,
             # Above what is in the store even where an older training checkpoint had to be used: names are used once.
-            version=version_name(self._objective.role, (newest.sequence if newest else 0) + 1),
+            version=self._published or version_name(self._objective.role, (newest.sequence if newest else 0) + 1),
             positions=self._ingest.positions(),
             topic_ids=self._ingest.topic_ids(),
             vitals={**self._watch.vitals, **self._state.vitals},
@@ -302,23 +324,49 @@ class Task:
             with metrics.phase(self.name, "write"):
                 self._checkpoints.finish(state.round, staging, writing.wait)
 
-        self._do_after(finish)
-        if not self._resident:
-            self._release()
+        self._making = _Making(staging, self._shared.team.learner.model_saved, finish)
         self._folder = self._checkpoints.target(state.round)
-        self._state, self._retracted, self._learnt = state, [], samples
+        self._state, self._retracted, self._learnt, self._published = state, [], samples, ""
         metrics.ROUNDS.labels(self.name).inc()
         metrics.LEARNT.labels(self.name).inc(len(samples))
         metrics.PENDING.labels(self.name).set(len(self._buffer))
 
     def publish(self) -> None:
-        """Publishes the version that the newest training checkpoint stands for, and announces it, when that is written.
-        May be done again.
+        """Publishes the version that the newest training checkpoint stands for, and announces it. May be done again.
+
+        People wait for it, and nobody for the rest of the checkpoint: that is finished afterwards. Should it never be,
+        the round is learnt again, as it was written down, and comes to the version that is there.
         """
         assert self._folder is not None, "there is nothing to publish before the first checkpoint"
-        folder, learnt, began = self._folder, self._learnt, self._began
-        self._do_after(lambda: self._publish(folder, learnt, began))
-        self._learnt = ()
+        learnt, began, making = self._learnt, self._began, self._making
+        self._learnt, self._making = (), None
+        if making is None:
+            folder = self._folder
+            self._do_after(lambda: self._publish(folder, learnt, began))
+            return
+
+        def release() -> None:
+            making.model_saved.result()
+            self._publish(making.staging, learnt, began)
+
+        self._do_after(release)
+        self._do_after(making.finish)
+        if not self._resident:
+            self._release()
+
+    def _hold_published(self) -> None:
+        """A round that was begun may have been published, though it did not come to a checkpoint. Then it is learnt
+        again, from the very same samples, before anything else is read: what was taken back since is told of the next.
+        """
+        newest = self._shared.store.latest(self._objective.role)
+        if newest is None or newest.parent != self._state.version or not newest.sequence:
+            return
+        ids = self._shared.store.read(newest.version, SAMPLES).decode().split()
+        if ids == sorted(self._planned):
+            logger.info("published before it was in a checkpoint", extra={"task": self.name, "version": newest.version})
+            self._published = newest.version
+            self._held = self._buffer.pick(self._planned)
+            self._buffer.learnt(ids)
 
     def _publish(self, made: Path, learnt: Sequence[Sample], began: float) -> None:
         manifest = json_format.Parse((made / VERSION).read_text(), CheckpointManifest())
@@ -421,7 +469,12 @@ class Task:
         return State.from_json((folder / STATE).read_text()), Buffer.load(folder, time.monotonic(), self._learnt_home)
 
     def _begin(self) -> tuple[State, Buffer]:
-        """The state where there is no training checkpoint: that of the newest version, with a fresh optimizer."""
+        """The state where there is no training checkpoint: that of the newest version, with a fresh optimizer; or what
+        the first round began from, where that was written down, and may have been published.
+        """
+        if (first := self._checkpoints.round(1)) is not None:
+            state, buffer = self._load(first)
+            return dataclasses.replace(state, positions={}, topic_ids={}), buffer
         state, learnt = begin(self._shared.store, self._objective.role)
         if state.version != self._base.manifest.version:
             logger.warning(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from thumbwheel.stream.memory import MemoryLog
 from thumbwheel.v1.events_pb2 import ComparisonState, VersionEvent
 from thumbwheel.v1.rollout_pb2 import ModelRole, VersionState
 from trainer import loop, publish
+from trainer.checkpoint import TrainingCheckpoints
 from trainer.config import TaskName, TrainerSettings
 from trainer.models import load_causal, load_scorer, sequence_score
 from trainer.task import Shared, Task
@@ -245,7 +248,59 @@ def test_what_fails_in_the_background_ends_the_task(shared: Shared, monkeypatch:
         task.close()
 
 
-def test_a_damaged_checkpoint_falls_back_and_names_are_used_once(
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_version_whose_checkpoint_never_came_is_made_again_and_is_the_same(
+    resident: bool, shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds(shared, 1, resident=resident)
+    crashing = Task("policy", shared, resident=resident)
+    crashing.resume()
+    crashing.ingest(1.0)
+    with monkeypatch.context() as crash:
+        crash.setattr(TrainingCheckpoints, "finish", lambda *_: (_ for _ in ()).throw(RuntimeError("kill -9")))
+        with pytest.raises(RuntimeError, match="kill -9"), contextlib.closing(crashing):
+            loop.turn(crashing)
+    checkpoint = shared.settings.training_path / "policy" / "checkpoint-000002"
+    assert (shared.store.root / "policy-000002").exists()
+    assert not checkpoint.exists()
+    send(shared, 5, ComparisonState.COMPARISON_STATE_RETRACTED)  # it has been learnt: the version is there
+    rounds(shared, 1, resident=resident)
+    weights = [folder / "model.safetensors" for folder in (checkpoint / "model", shared.store.root / "policy-000002")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    rounds(shared, 1, resident=resident)
+    assert [samples(shared, f"policy-00000{n}") for n in (2, 3)] == [[4, 5, 6, 7], [8, 9, 10, 11]]
+    third = shared.store.load("policy-000003").manifest
+    assert third.parent == "policy-000002"
+    assert [int(sample_id[-12:]) for sample_id in third.lineage.retracted_sample_ids] == [5]
+    offsets = [shared.store.load(f"policy-00000{n}").manifest.lineage.offsets for n in (2, 3)]
+    ends, starts = (
+        {one.partition: getattr(one, edge) for one in of} for of, edge in zip(offsets, ("end", "start"), strict=True)
+    )
+    assert ends == starts, "nothing was read in between"
+
+
+def test_also_the_first_version_is_made_again_where_its_checkpoint_never_came(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crashing = Task("policy", shared, resident=True)
+    crashing.resume()
+    crashing.ingest(1.0)
+    with monkeypatch.context() as crash:
+        crash.setattr(TrainingCheckpoints, "finish", lambda *_: (_ for _ in ()).throw(RuntimeError("kill -9")))
+        with pytest.raises(RuntimeError, match="kill -9"), contextlib.closing(crashing):
+            loop.turn(crashing)
+    assert (shared.store.root / "policy-000001").exists()
+    rounds(shared, 2)
+    versions = shared.store.versions(POLICY)
+    assert [(m.version, m.parent) for m in versions[:2]] == [
+        ("policy-000002", "policy-000001"),
+        ("policy-000001", "policy-000000"),
+    ]
+    assert [samples(shared, f"policy-00000{n}") for n in (1, 2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert versions[0].lineage.steps == 2
+
+
+def test_a_damaged_checkpoint_is_made_again_from_the_one_before(
     shared: Shared, caplog: pytest.LogCaptureFixture
 ) -> None:
     rounds(shared, 2)
@@ -254,6 +309,17 @@ def test_a_damaged_checkpoint_falls_back_and_names_are_used_once(
     with caplog.at_level(logging.ERROR):
         rounds(shared, 2)
     assert "state.json has 20 bytes instead of" in caplog.text
+    parents = {m.version: m.parent for m in shared.store.versions(POLICY)}
+    assert parents["policy-000003"] == "policy-000002"
+    assert [samples(shared, f"policy-00000{n}") for n in (2, 3)] == [[4, 5, 6, 7], [8, 9, 10, 11]], "each once"
+
+
+def test_names_are_used_once_where_it_is_not_known_any_more_what_a_round_learnt(shared: Shared) -> None:
+    rounds(shared, 2)
+    newest = shared.settings.training_path / "policy" / "checkpoint-000002" / "state.json"
+    newest.write_text(newest.read_text()[:20])
+    shutil.rmtree(shared.settings.training_path / "policy" / "round-000002")
+    rounds(shared, 2)
     # Version 2 stays as it was; what was learnt in it is learnt again beside it, from version 1.
     parents = {m.version: m.parent for m in shared.store.versions(POLICY)}
     assert parents["policy-000003"] == "policy-000001"
