@@ -53,7 +53,8 @@ def main(settings: TrainerSettings, stop: threading.Event) -> None:
     ):
         runtime.prepare(settings.threads)
         from trainer import loop
-        from trainer.task import Shared, Task
+        from trainer.shared import Shared
+        from trainer.task import Task
 
         wanted = topics.topics(partitions=settings.topic_partitions, replication=settings.topic_replication)
         log.ensure_topics([topic for topic in wanted if not topic.republished], settings.start_timeout_seconds)

@@ -15,8 +15,9 @@ from trainer import losses, runtime
 from trainer.config import TrainerSettings
 from trainer.feed import wants_rollouts
 from trainer.samples import KINDS, Group, Sample, kind_name
+from trainer.shared import Shared
 from trainer.state import Outlook
-from trainer.task import Shared, Task
+from trainer.task import Task
 
 _SENTENCES = {
     "pair": "comparisons",

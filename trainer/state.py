@@ -92,3 +92,12 @@ def begin(store: LocalStore, role: ModelRole.ValueType) -> tuple[State, list[str
     ]
     newest = versions[0]
     return State(0, newest.lineage.steps, newest.version, {}, {}, start=newest.version), learnt
+
+
+def published_as(store: LocalStore, role: ModelRole.ValueType, before: State, sample_ids: Sequence[str]) -> str:
+    """What a round that led on from `before` and learnt from these samples was published as; "" where it was not."""
+    newest = store.latest(role)
+    if newest is None or not newest.sequence or newest.parent != before.version:
+        return ""
+    learnt = store.read(newest.version, SAMPLES).decode().split()
+    return newest.version if learnt == sorted(sample_ids) else ""

@@ -12,20 +12,17 @@ import dataclasses
 import functools
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from google.protobuf import json_format
 
 from thumbwheel import errors, files, tracing
-from thumbwheel.auth import ManifestSigner
-from thumbwheel.checkpoints.store import SAMPLES, LocalStore, VerifiedVersion, version_name
-from thumbwheel.stream.log import Log, Producer, TopicPartition
+from thumbwheel.checkpoints.store import SAMPLES, VerifiedVersion, version_name
+from thumbwheel.stream.log import TopicPartition
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, ModelRole
 from trainer import feed, guards, lineage, losses, metrics, publish
 from trainer.background import Background
@@ -38,39 +35,20 @@ from trainer.losses.base import PerSample
 from trainer.publish import MODEL, Publisher
 from trainer.reward.watch import RewardWatch
 from trainer.samples import Kind, Sample, Tokens
+from trainer.shared import Shared
 from trainer.staleness import sequence as version_number
-from trainer.state import Outlook, State, begin
+from trainer.state import Outlook, State, begin, published_as
 from trainer.watch import Watch
 
 if TYPE_CHECKING:
     from trainer.learner import StepReport
     from trainer.losses.mixture import Mixture
-    from trainer.team import Team
 
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
 VERSION = "version.json"
 LESSON = "lesson.json"
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What the tasks of a process share."""
-
-    settings: TrainerSettings
-    log: Log
-    producer: Producer
-    store: LocalStore
-    signer: ManifestSigner
-    stop: threading.Event
-
-    @functools.cached_property
-    def team(self) -> Team:
-        """The ranks, and the learner that they have."""
-        from trainer.team import Team
-
-        return Team(self.settings, self.stop.is_set)
 
 
 class _Making(NamedTuple):
@@ -348,9 +326,9 @@ class Task:
         def release() -> None:
             making.model_saved.result()
             self._publish(making.staging, learnt, began)
+            making.finish()
 
         self._do_after(release)
-        self._do_after(making.finish)
         if not self._resident:
             self._release()
 
@@ -358,15 +336,13 @@ class Task:
         """A round that was begun may have been published, though it did not come to a checkpoint. Then it is learnt
         again, from the very same samples, before anything else is read: what was taken back since is told of the next.
         """
-        newest = self._shared.store.latest(self._objective.role)
-        if newest is None or newest.parent != self._state.version or not newest.sequence:
-            return
-        ids = self._shared.store.read(newest.version, SAMPLES).decode().split()
-        if ids == sorted(self._planned):
-            logger.info("published before it was in a checkpoint", extra={"task": self.name, "version": newest.version})
-            self._published = newest.version
+        self._published = published_as(self._shared.store, self._objective.role, self._state, self._planned)
+        if self._published:
+            logger.info(
+                "published before it was in a checkpoint", extra={"task": self.name, "version": self._published}
+            )
             self._held = self._buffer.pick(self._planned)
-            self._buffer.learnt(ids)
+            self._buffer.learnt(self._planned)
 
     def _publish(self, made: Path, learnt: Sequence[Sample], began: float) -> None:
         manifest = json_format.Parse((made / VERSION).read_text(), CheckpointManifest())

@@ -30,7 +30,8 @@ from trainer import loop, publish
 from trainer.checkpoint import TrainingCheckpoints
 from trainer.config import TaskName, TrainerSettings
 from trainer.models import load_causal, load_scorer, sequence_score
-from trainer.task import Shared, Task
+from trainer.shared import Shared
+from trainer.task import Task
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -27,7 +27,8 @@ from thumbwheel.v1.rollout_pb2 import CheckpointManifest
 from trainer import inference, loop, metrics, publish, rollouts, team
 from trainer.config import TrainerSettings
 from trainer.samples import Sample
-from trainer.task import Shared, Task
+from trainer.shared import Shared
+from trainer.task import Task
 from trainer.voting import Voting
 
 pytestmark = pytest.mark.usefixtures("one_rank")

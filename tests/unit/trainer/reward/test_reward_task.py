@@ -18,7 +18,8 @@ from thumbwheel.stream import topics
 from thumbwheel.stream.memory import MemoryLog
 from trainer import loop, metrics, publish
 from trainer.config import TrainerSettings
-from trainer.task import Shared, Task
+from trainer.shared import Shared
+from trainer.task import Task
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
