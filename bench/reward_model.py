@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3 if full else 1)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="of the body, on both sides")
-    parser.add_argument("--only", choices=SIDES, help="train this side alone, and report when the other is there")
+    parser.add_argument("--only", choices=SIDES, help="train this side alone; a run without it compares")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of what was trained")
     arguments = parser.parse_args()
     data = load(path_given(), arguments.pairs)
@@ -239,6 +239,8 @@ def main() -> None:
             shown = "  ".join(f"{key} {value:.3f}" for key, value in measured.items())
             print(f"seed {seed}  {name:<5} {shown}  (accuracy {low:.3f} to {high:.3f})", flush=True)
     if arguments.only:
+        accuracy = _mean([row["accuracy"] for row in found[arguments.only]])
+        harness.report("reward-model", [], arguments.seeds, {f"accuracy_of_{arguments.only}_alone": accuracy})
         return
     ours, trl = ({key: _mean([row[key] for row in rows]) for key in rows[0]} for rows in found.values())
     bias, peer_bias = (_mean([abs(row["length_correlation"]) for row in rows]) for rows in found.values())

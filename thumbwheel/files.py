@@ -39,6 +39,14 @@ def write_new(path: Path, data: bytes, *, mode: int) -> None:
         os.fsync(file.fileno())
 
 
+def link(source: Path, target: Path) -> None:
+    """The same file under a second name; a copy, where that is on another disk, or the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 DIGEST_SUFFIX = ".sha256"
 """Of the file beside another one that holds its SHA-256, where who wrote it has worked that out."""
 

@@ -146,8 +146,8 @@ class TrainingCheckpoints:
             digest = told.read_text() if told.exists() else self._hashed.get(same) or files.sha256(path)
             self._hashed[same] = digest
             found[path.relative_to(folder).as_posix()] = {"size": stat.st_size, "sha256": digest}
-        while len(self._hashed) > _REMEMBERED:
-            self._hashed.pop(next(iter(self._hashed)))
+        if len(self._hashed) > _REMEMBERED:
+            self._hashed.clear()  # at once: a round may be written down while a checkpoint is finished
         return found
 
     def _numbered(self, name: re.Pattern[str]) -> list[tuple[int, Path]]:

@@ -10,11 +10,12 @@ whole without the folder that they are first written into.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from thumbwheel import files
 
 FOLDER = "learnt"
 OLDER = "learnt.txt"
@@ -53,11 +54,11 @@ class Learnt:
                 self._fresh.append(sample_id)
 
     def save(self, folder: Path) -> None:
-        """Makes the files of all ids in `folder`, which is on the same disk. Where that fails nothing has changed."""
-        home, files, fresh = self._home, list(self._files), self._fresh
+        """Makes the files of all ids in `folder`. Where that fails nothing has changed."""
+        home, parts, fresh = self._home, list(self._files), self._fresh
         assert home is not None, "to be saved, it needs a home"
-        while files and files[-1].ids <= len(fresh):
-            fresh = [*(home / files.pop().name).read_text().split(), *fresh]
+        while parts and parts[-1].ids <= len(fresh):
+            fresh = [*(home / parts.pop().name).read_text().split(), *fresh]
         home.mkdir(parents=True, exist_ok=True)
         if fresh:
             file = _File(f"{len(self._ids) - len(fresh):012d}-{len(fresh)}.txt", len(fresh))
@@ -65,14 +66,14 @@ class Learnt:
             unfinished = home / "unfinished"
             unfinished.write_text("".join(f"{sample_id}\n" for sample_id in fresh))
             unfinished.replace(home / file.name)
-            files.append(file)
+            parts.append(file)
         target = folder / FOLDER
         target.mkdir()
-        for name, _ in files:
-            os.link(home / name, target / name)
-        self._files, self._fresh = files, []
+        for name, _ in parts:
+            files.link(home / name, target / name)
+        self._files, self._fresh = parts, []
         for path in home.iterdir():
-            if path.name not in {name for name, _ in files}:
+            if path.name not in {name for name, _ in parts}:
                 path.unlink()
 
     @classmethod
@@ -89,7 +90,7 @@ class Learnt:
             learnt.update(path.read_text().split())
             if begin + count != len(learnt):
                 raise ValueError(f"{path} does not have the {count} ids after the first {begin}")
-            os.link(path, home / path.name)
+            files.link(path, home / path.name)
             learnt._files.append(_File(path.name, count))
         learnt._fresh = []
         return learnt

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import os
 import shutil
 import threading
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 from uuid_utils import uuid7
 
-from thumbwheel import errors, tracing
+from thumbwheel import errors, files, tracing
 from thumbwheel.auth import ManifestSigner
 from thumbwheel.checkpoints import delta
 from thumbwheel.checkpoints.store import SAMPLES, LocalStore, VerifiedVersion, version_name
@@ -203,18 +202,10 @@ def write_version(made: Path, folder: Path, *, base: VerifiedVersion, parent: Pa
     for file in sorted(path for path in (made / MODEL).rglob("*") if path.is_file()):
         target = folder / file.relative_to(made / MODEL)
         target.parent.mkdir(exist_ok=True)
-        link(file, target)
+        files.link(file, target)
     copy_tokenizer(base, folder)
     shutil.copyfile(made / SAMPLES, folder / SAMPLES)
     write_deltas(parent, folder)
-
-
-def link(source: Path, target: Path) -> None:
-    """The same file under a second name; a copy, where that is on another disk."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def copy_tokenizer(source: VerifiedVersion, folder: Path) -> None:

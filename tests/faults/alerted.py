@@ -14,27 +14,21 @@ import asyncio
 import contextlib
 import json
 import random
-import resource
-import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-import psycopg
-
-from services.collector.sqlite import inbox_path
+from tests.faults import injected
 from tests.faults.checker import Acked, Asked, Verdict
 from tests.faults.cluster import Cluster, cluster
 from tests.faults.collector import settled, voting
 from tests.faults.load import Load
-from tests.faults.proxy import FAULTS, Fault
+from tests.faults.proxy import FAULTS
 from tests.monitoring.prometheus import Prometheus, prometheus
 
 MOST_RECOVERY_SECONDS = 5.0
@@ -47,13 +41,6 @@ _BEARABLE_SECONDS = 15.0
 _SETTLE_SECONDS = 60.0
 _DISK_BYTES = 96 * 2**20
 _EVALUATION_SECONDS = 1.0
-# Of a round trip: longer than a process waits for a broker or a database.
-_LATE_SECONDS = 12.0
-
-_COMMITTED = "SELECT coalesce(max(id), 0) FROM outbox"
-_PUBLISHED = "SELECT coalesce(max(id), 0) FROM outbox WHERE published_at IS NOT NULL"
-
-Context = contextlib.AbstractAsyncContextManager[None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +50,7 @@ class Case:
     """
 
     name: str
-    make: Callable[[Cluster], Context]
+    make: Callable[[Cluster], injected.Context]
     alerts: Sequence[str] = ()
     bearable: bool = False
 
@@ -90,173 +77,29 @@ DOWN, BROKER, DATABASE = "ThumbwheelPartDown", "ThumbwheelBrokerAway", "Thumbwhe
 
 def cases(database: str) -> list[Case]:
     """All that can be done to a collector on "sqlite" or "postgres"."""
-    made = [Case(f"clients {fault}", _link("clients", fault)) for fault in FAULTS]
-    made += [Case(f"broker {fault}", _link("broker", fault), (BROKER,)) for fault in FAULTS]
+    made = [Case(f"clients {fault}", injected.link("clients", fault)) for fault in FAULTS]
+    made += [Case(f"broker {fault}", injected.link("broker", fault), (BROKER,)) for fault in FAULTS]
     made += [
-        Case("collector kill -9", _killed, (DOWN,)),
-        Case("collector stopped", _stopped, (DOWN,)),
-        Case("broker kill -9", _without_broker, (BROKER,)),
-        Case("memory", _without_memory, (DOWN, DATABASE), bearable=True),
-        Case("clock", _clock_jumps, ("ThumbwheelClockOff",)),
+        Case("collector kill -9", injected.killed, (DOWN,)),
+        Case("collector stopped", injected.stopped, (DOWN,)),
+        Case("broker kill -9", injected.without_broker, (BROKER,)),
+        Case("memory", injected.without_memory, (DOWN, DATABASE), bearable=True),
+        Case("clock", injected.clock_jumps, ("ThumbwheelClockOff",)),
     ]
     if database == "postgres":
         # Where the database does not answer, neither may the collector's metrics in time.
         away = (DATABASE, DOWN, "ThumbwheelCommitsSlow")
-        made += [Case(f"database {fault}", _link("database", fault), away) for fault in FAULTS]
+        made += [Case(f"database {fault}", injected.link("database", fault), away) for fault in FAULTS]
         made += [
-            Case("database kill -9", _without_database, (DATABASE,)),
-            Case("database stopped", _database_stopped, away),
+            Case("database kill -9", injected.without_database, (DATABASE,)),
+            Case("database stopped", injected.database_stopped, away),
         ]
     else:
         made += [
-            Case("disk slow", _slow_disk, ("ThumbwheelCommitsSlow",)),
-            Case("disk full", _full_disk, ("ThumbwheelDiskFull",)),
+            Case("disk slow", injected.slow_disk, ("ThumbwheelCommitsSlow",)),
+            Case("disk full", injected.full_disk, ("ThumbwheelDiskFull",)),
         ]
     return made
-
-
-def _link(name: str, fault: Fault) -> Callable[[Cluster], Context]:
-    @contextlib.asynccontextmanager
-    async def make(made: Cluster) -> AsyncIterator[None]:
-        # What is late for a client is late for all that wait: shorter than a call's deadline.
-        seconds = 1.0 if name == "clients" else _LATE_SECONDS
-        with made.links[name].failing(fault, seconds):
-            yield
-
-    return make
-
-
-@contextlib.asynccontextmanager
-async def _killed(made: Cluster) -> AsyncIterator[None]:
-    made.collector.kill()
-    yield
-    await asyncio.to_thread(made.start_collector)
-
-
-@contextlib.asynccontextmanager
-async def _stopped(made: Cluster) -> AsyncIterator[None]:
-    made.collector.popen.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        made.collector.popen.send_signal(signal.SIGCONT)
-
-
-@contextlib.asynccontextmanager
-async def _without_broker(made: Cluster) -> AsyncIterator[None]:
-    await asyncio.to_thread(made.kill_broker)
-    yield
-    made.start_broker()  # in this thread: the broker ends with the thread that started it
-
-
-@contextlib.asynccontextmanager
-async def _without_database(made: Cluster) -> AsyncIterator[None]:
-    assert made.postgres is not None
-    await asyncio.to_thread(made.postgres.kill)
-    yield
-    await asyncio.to_thread(made.postgres.start)
-
-
-@contextlib.asynccontextmanager
-async def _database_stopped(made: Cluster) -> AsyncIterator[None]:
-    assert made.postgres is not None
-    made.postgres.signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        made.postgres.signal(signal.SIGCONT)
-
-
-@contextlib.asynccontextmanager
-async def _without_memory(made: Cluster) -> AsyncIterator[None]:
-    """No more memory than it has now: what asks for some fails, and the process may end of it."""
-    process = psutil.Process(made.collector.popen.pid)
-    process.rlimit(resource.RLIMIT_AS, (process.memory_info().vms, resource.RLIM_INFINITY))
-    yield
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process.rlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    # What supervises it would do the same where it has ended, or answers its probe no more.
-    made.collector.kill()
-    await asyncio.to_thread(made.start_collector)
-
-
-@contextlib.asynccontextmanager
-async def _clock_jumps(made: Cluster) -> AsyncIterator[None]:
-    """The last of all: what makes clocks jump also hooks into how threads wait, and other faults are to be without."""
-    assert await asyncio.to_thread(made.collector.stop) == 0
-    made.collector.environment = faked_clock(made.home)
-    await asyncio.to_thread(made.start_collector)
-    # Everything is slow below it, starting above all: the jump is to be told from that.
-    begun = await _ask(made, _COMMITTED)
-    async with asyncio.timeout(_SETTLE_SECONDS):
-        while await _ask(made, _PUBLISHED) <= begun:  # noqa: ASYNC110 - another process
-            await asyncio.sleep(0.05)
-    _clock(made.home).write_text("+2h")
-    yield
-    _clock(made.home).write_text("+0")
-
-
-@contextlib.asynccontextmanager
-async def _slow_disk(made: Cluster) -> AsyncIterator[None]:
-    """Commits wait for two seconds, again and again."""
-    ending = asyncio.Event()
-
-    def hold() -> None:
-        with contextlib.ExitStack() as stack:
-            for file in (made.file, inbox_path(made.file)):
-                other = stack.enter_context(
-                    contextlib.closing(sqlite3.connect(file, timeout=60.0, isolation_level=None))
-                )
-                other.execute("BEGIN IMMEDIATE")
-                stack.callback(other.execute, "ROLLBACK")
-            time.sleep(2.0)  # that is the fault
-
-    async def again() -> None:
-        while not ending.is_set():
-            await asyncio.to_thread(hold)
-            await asyncio.sleep(0.1)
-
-    holding = asyncio.create_task(again())
-    try:
-        yield
-    finally:
-        ending.set()
-        await holding
-
-
-@contextlib.asynccontextmanager
-async def _full_disk(made: Cluster) -> AsyncIterator[None]:
-    filler = made.home / "filler"
-    await asyncio.to_thread(_fill, filler)
-    try:
-        yield
-    finally:
-        filler.unlink()
-
-
-def _fill(path: Path) -> None:
-    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-
-
-def _clock(home: Path) -> Path:
-    return home / "clock"
-
-
-def faked_clock(home: Path) -> dict[str, str]:
-    """What a process is started with for its wall clock to be as the file says; time that passes is left alone."""
-    libraries = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
-    if not libraries:
-        raise FileNotFoundError("libfaketime is not there. On Debian type: sudo apt-get install libfaketime")
-    _clock(home).write_text("+0")
-    return {
-        "LD_PRELOAD": str(libraries[0]),
-        "FAKETIME_TIMESTAMP_FILE": str(_clock(home)),
-        "FAKETIME_CACHE_DURATION": "1",  # or each look at the clock reads the file, and everything is slow
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        "DONT_FAKE_MONOTONIC": "1",
-    }
 
 
 async def run(
@@ -300,23 +143,14 @@ async def _one(case: Case, database: str, made: Cluster, watching: Prometheus, l
         await asyncio.sleep(max(0.0, least - time.monotonic()))
     healed = time.monotonic()
     load.acked_at, load.asked_after = 0.0, healed
-    behind = await _ask(made, _COMMITTED)
+    behind = await injected.ask(made, injected.COMMITTED)
     if case.name.startswith("broker kill"):
         made.publish(load.generations)
     left = f"SELECT count(*) FROM outbox WHERE published_at IS NULL AND id <= {behind}"
     async with asyncio.timeout(_SETTLE_SECONDS):
-        while not load.acked_at or await _ask(made, left):  # noqa: ASYNC110 - another process
+        while not load.acked_at or await injected.ask(made, left):  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.05)
     return Outcome(case.name, database, alert, evaluations, time.monotonic() - healed)
-
-
-async def _ask(made: Cluster, sql: str) -> int:
-    """A number from the database, which may be too busy to answer at once."""
-    while True:
-        try:
-            return int((await asyncio.to_thread(made.query, sql))[0][0])
-        except (psycopg.OperationalError, sqlite3.OperationalError):
-            await asyncio.sleep(0.05)
 
 
 async def _told_of(case: Case, watching: Prometheus, load: Load) -> tuple[str, int | None]:

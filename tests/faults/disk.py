@@ -23,6 +23,7 @@ from services.collector.sqlite import inbox_path
 from tests.faults.checker import Verdict
 from tests.faults.cluster import Cluster, cluster
 from tests.faults.collector import settled, voting
+from tests.faults.injected import fill
 from tests.faults.load import Load
 
 IN_A_NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
@@ -40,7 +41,7 @@ async def full() -> tuple[Verdict, Load]:
         async with voting(made, load):
             await _until(lambda: len(load.journal) >= 20)
             filler = disk / "filler"
-            _fill(filler)
+            fill(filler)
             await _until(lambda: sum(NO_SPACE in refusal for refusal in load.refusals) >= 40)
             said = len(load.journal)
             filler.unlink()
@@ -90,12 +91,6 @@ def _small_disk() -> Iterator[Path]:
             yield Path(folder)
         finally:
             subprocess.run(["umount", "--lazy", folder], check=True, timeout=_SECONDS)
-
-
-def _fill(path: Path) -> None:
-    with contextlib.suppress(OSError), path.open("wb", buffering=0) as filler:
-        while True:
-            filler.write(bytes(4096))
 
 
 async def _until(true: Callable[[], bool]) -> None:

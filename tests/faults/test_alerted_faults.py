@@ -1,4 +1,4 @@
-"""A short form of `make faults`: three of its faults, told by their alerts, and nothing lost of them."""
+"""A short form of `make faults`: four of its faults, told by their alerts, and nothing lost of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.faults import alerted
 from tests.faults.alerted import MOST_RETRIES
 from tests.faults.proxy import FAULTS
 
-CHOSEN = {"broker partition", "database reset", "collector kill -9"}
+CHOSEN = {"broker partition", "database reset", "collector kill -9", "clock"}
 
 
 @pytest.mark.timeout(400)
@@ -20,6 +20,7 @@ def test_faults_are_told_of_and_pass(capsys: pytest.CaptureFixture[str]) -> None
         "broker partition": "ThumbwheelBrokerAway",
         "database reset": "ThumbwheelDatabaseAway",
         "collector kill -9": "ThumbwheelPartDown",
+        "clock": "ThumbwheelClockOff",
     }
     # How long each took is for `make faults` to tell: a machine may be busy while tests run.
     assert (verdict.lost, verdict.doubled, verdict.reordered, verdict.wrong) == ([], [], [], [])

@@ -189,6 +189,7 @@ class LocalStore:
             if not left:
                 continue
             (folder / THINNED).touch()  # first: what is half removed is not to be taken for damaged
+            files.sync(folder)
             for path in left:
                 path.unlink(missing_ok=True)
             thinned.append(folder.name)

@@ -156,14 +156,12 @@ class Eraser:
             await asyncio.to_thread(self._database.maintain_inbox_now, partial(rewrite, schema=tables.DOOR))
             await self._database.maintain(rewrite)
             self._gone_here.update(erasure_id for erasure_id, _ in new)
-        hashes = {
-            erasure_id: await self._database.read(partial(tombstones.of_erasures, erasure_ids=[erasure_id]))
-            for erasure_id, _ in pending
-        }
-        await self._finished_with([erasure_id for erasure_id, of_one in hashes.items() if not of_one])
-        if elsewhere := [erasure_id for erasure_id, of_one in hashes.items() if of_one]:
-            await self._spools.erase([each for erasure_id in elsewhere for each in hashes[erasure_id]])  # 3
-            await self._finished_with(elsewhere)
+        ids = [erasure_id for erasure_id, _ in pending]
+        elsewhere = await self._database.read(partial(tombstones.of_erasures, erasure_ids=ids)) if ids else {}
+        await self._finished_with([erasure_id for erasure_id in ids if erasure_id not in elsewhere])
+        if elsewhere:
+            await self._spools.erase([each for hashes in elsewhere.values() for each in hashes])  # 3
+            await self._finished_with(list(elsewhere))
 
     async def _finished_with(self, erasure_ids: list[str]) -> None:
         """4. Also where there was nothing to do: another collector on this database may have done it."""

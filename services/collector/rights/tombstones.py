@@ -41,10 +41,13 @@ def admitted(connection: Connection, events: Sequence[GenerationEvent]) -> list[
     return [event for event in events if not is_forgotten(event, there)]
 
 
-def of_erasures(connection: Connection, erasure_ids: Sequence[str]) -> list[bytes]:
-    """The tombstones that these erasures set."""
-    rows = many.find(connection, "SELECT hash FROM tombstones WHERE erasure_id IN (:many)", erasure_ids)
-    return [bytes(hash) for (hash,) in rows]
+def of_erasures(connection: Connection, erasure_ids: Sequence[str]) -> dict[str, list[bytes]]:
+    """The tombstones that these erasures set, by erasure; those that set none are left out."""
+    found: dict[str, list[bytes]] = {}
+    query = "SELECT erasure_id, hash FROM tombstones WHERE erasure_id IN (:many)"
+    for erasure_id, digest in many.find(connection, query, erasure_ids):
+        found.setdefault(erasure_id, []).append(bytes(digest))
+    return found
 
 
 def refused(

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from thumbwheel import files
 from trainer.learnt import FOLDER, OLDER, Learnt
 
 
@@ -71,7 +72,7 @@ def test_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (tmp_path / str(number)).mkdir()
         if number == 1:
             with monkeypatch.context() as full:
-                full.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+                full.setattr(files, "link", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
                 with pytest.raises(OSError, match="No space"):
                     learnt.save(tmp_path / "1")
             continue

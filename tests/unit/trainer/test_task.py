@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +25,6 @@ from thumbwheel.stream.memory import MemoryLog
 from thumbwheel.v1.events_pb2 import ComparisonState, VersionEvent
 from thumbwheel.v1.rollout_pb2 import ModelRole, VersionState
 from trainer import loop, publish
-from trainer.checkpoint import TrainingCheckpoints
 from trainer.config import TaskName, TrainerSettings
 from trainer.models import load_causal, load_scorer, sequence_score
 from trainer.shared import Shared
@@ -156,62 +153,6 @@ def test_with_lora_a_version_is_published_whole_and_as_an_adapter(shared: Shared
     assert not [file.path for file in shared.store.load("reward-000001").manifest.files if "adapter" in file.path]
 
 
-def test_a_round_that_was_begun_is_learnt_again_from_the_same_samples_bit_for_bit(
-    shared: Shared, tmp_path: Path
-) -> None:
-    """Whatever has come in since, and however large rounds are by now."""
-    import torch
-
-    rounds(shared, 1)
-    crashed = Task("policy", shared, resident=True)
-    crashed.resume()
-    crashed.ingest(1.0)
-    begun = crashed.batch()
-    crashed.learn(begun, lambda report: None)
-    crashed.close()  # and nothing of the round is kept
-    larger = dataclasses.replace(shared, settings=shared.settings.model_copy(update={"round_size": 7}))
-    rounds(larger, 1)
-    assert samples(shared, "policy-000002") == [4, 5, 6, 7] == [int(sample.id[-12:]) for sample in begun]
-    found = load_file(shared.store.load("policy-000002").path / "model.safetensors")
-
-    other = Deployment(tmp_path / "other")
-    publish.ensure_base(shared.store.load("policy-000000").path, other.store, ManifestSigner.load(other.home / "keys"))
-    log = MemoryLog(delivery_timeout=0.1)
-    log.ensure_topics(topics.topics(partitions=1, replication=1), 1.0)
-    straight = dataclasses.replace(
-        shared,
-        settings=shared.settings.model_copy(update={"home": other.home}),
-        store=other.store,
-        signer=ManifestSigner.load(other.home / "keys"),
-        log=log,
-        producer=log.producer(),
-    )
-    for number in range(8):
-        send(straight, number)
-    rounds(straight, 2)
-    expected = load_file(other.store.load("policy-000002").path / "model.safetensors")
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    log.close()
-
-
-def test_of_a_round_that_was_begun_what_was_taken_back_since_is_left_out(shared: Shared) -> None:
-    def begun() -> list[int]:
-        task = Task("policy", shared, resident=True)
-        task.resume()
-        task.ingest(1.0)
-        assert task.due()
-        found = [int(sample.id[-12:]) for sample in task.batch()]
-        task.close()
-        return found
-
-    assert begun() == [0, 1, 2, 3]
-    send(shared, 2, ComparisonState.COMPARISON_STATE_RETRACTED)
-    assert begun() == [0, 1, 3]
-    for number in (0, 1, 3):
-        send(shared, number, ComparisonState.COMPARISON_STATE_RETRACTED)
-    assert begun() == [4, 5, 6, 7]
-
-
 def test_a_version_is_published_beside_the_next_round(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
     go, real = threading.Event(), publish.Publisher.publish
 
@@ -247,86 +188,6 @@ def test_what_fails_in_the_background_ends_the_task(shared: Shared, monkeypatch:
     loop.turn(task)
     with pytest.raises(errors.NoSpace, match="the disk is full"):
         task.close()
-
-
-@pytest.mark.parametrize("resident", [True, False])
-def test_a_version_whose_checkpoint_never_came_is_made_again_and_is_the_same(
-    resident: bool, shared: Shared, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rounds(shared, 1, resident=resident)
-    crashing = Task("policy", shared, resident=resident)
-    crashing.resume()
-    crashing.ingest(1.0)
-    with monkeypatch.context() as crash:
-        crash.setattr(TrainingCheckpoints, "finish", lambda *_: (_ for _ in ()).throw(RuntimeError("kill -9")))
-        with pytest.raises(RuntimeError, match="kill -9"), contextlib.closing(crashing):
-            loop.turn(crashing)
-    checkpoint = shared.settings.training_path / "policy" / "checkpoint-000002"
-    assert (shared.store.root / "policy-000002").exists()
-    assert not checkpoint.exists()
-    send(shared, 5, ComparisonState.COMPARISON_STATE_RETRACTED)  # it has been learnt: the version is there
-    rounds(shared, 1, resident=resident)
-    weights = [folder / "model.safetensors" for folder in (checkpoint / "model", shared.store.root / "policy-000002")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
-    rounds(shared, 1, resident=resident)
-    assert [samples(shared, f"policy-00000{n}") for n in (2, 3)] == [[4, 5, 6, 7], [8, 9, 10, 11]]
-    third = shared.store.load("policy-000003").manifest
-    assert third.parent == "policy-000002"
-    assert [int(sample_id[-12:]) for sample_id in third.lineage.retracted_sample_ids] == [5]
-    offsets = [shared.store.load(f"policy-00000{n}").manifest.lineage.offsets for n in (2, 3)]
-    ends, starts = (
-        {one.partition: getattr(one, edge) for one in of} for of, edge in zip(offsets, ("end", "start"), strict=True)
-    )
-    assert ends == starts, "nothing was read in between"
-
-
-def test_also_the_first_version_is_made_again_where_its_checkpoint_never_came(
-    shared: Shared, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    crashing = Task("policy", shared, resident=True)
-    crashing.resume()
-    crashing.ingest(1.0)
-    with monkeypatch.context() as crash:
-        crash.setattr(TrainingCheckpoints, "finish", lambda *_: (_ for _ in ()).throw(RuntimeError("kill -9")))
-        with pytest.raises(RuntimeError, match="kill -9"), contextlib.closing(crashing):
-            loop.turn(crashing)
-    assert (shared.store.root / "policy-000001").exists()
-    rounds(shared, 2)
-    versions = shared.store.versions(POLICY)
-    assert [(m.version, m.parent) for m in versions[:2]] == [
-        ("policy-000002", "policy-000001"),
-        ("policy-000001", "policy-000000"),
-    ]
-    assert [samples(shared, f"policy-00000{n}") for n in (1, 2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert versions[0].lineage.steps == 2
-
-
-def test_a_damaged_checkpoint_is_made_again_from_the_one_before(
-    shared: Shared, caplog: pytest.LogCaptureFixture
-) -> None:
-    rounds(shared, 2)
-    newest = shared.settings.training_path / "policy" / "checkpoint-000002" / "state.json"
-    newest.write_text(newest.read_text()[:20])
-    with caplog.at_level(logging.ERROR):
-        rounds(shared, 2)
-    assert "state.json has 20 bytes instead of" in caplog.text
-    parents = {m.version: m.parent for m in shared.store.versions(POLICY)}
-    assert parents["policy-000003"] == "policy-000002"
-    assert [samples(shared, f"policy-00000{n}") for n in (2, 3)] == [[4, 5, 6, 7], [8, 9, 10, 11]], "each once"
-
-
-def test_names_are_used_once_where_it_is_not_known_any_more_what_a_round_learnt(shared: Shared) -> None:
-    rounds(shared, 2)
-    newest = shared.settings.training_path / "policy" / "checkpoint-000002" / "state.json"
-    newest.write_text(newest.read_text()[:20])
-    shutil.rmtree(shared.settings.training_path / "policy" / "round-000002")
-    rounds(shared, 2)
-    # Version 2 stays as it was; what was learnt in it is learnt again beside it, from version 1.
-    parents = {m.version: m.parent for m in shared.store.versions(POLICY)}
-    assert parents["policy-000003"] == "policy-000001"
-    assert parents["policy-000004"] == "policy-000003"
-    assert samples(shared, "policy-000002") == samples(shared, "policy-000003") == [4, 5, 6, 7]
-    assert samples(shared, "policy-000004") == [8, 9, 10, 11]
 
 
 def test_without_its_checkpoints_a_task_goes_on_from_the_newest_version(shared: Shared) -> None:
