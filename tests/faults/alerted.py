@@ -111,7 +111,6 @@ async def run(
     """
     todo = [case for case in cases(database) if chosen(case.name)]
     random.Random(seed).shuffle(todo)
-    todo.sort(key=lambda case: case.name == "clock")
     with (
         _home(database) as home,
         cluster(database, proxied=True, home=home) as made,

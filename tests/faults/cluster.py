@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.faults import observe
 from tests.faults.checker import Delivery, Entry, History
+from tests.faults.clock import Clock
 from tests.faults.observe import Query, Reader
 from tests.faults.proxy import Proxy
 from tests.postgres import Postgres
@@ -34,11 +35,12 @@ class Cluster:
     options: Sequence[str] = ()
     disk: Path | None = None
     proxied: bool = False
-    """Whether everything goes through `links`: of the clients, to the broker, to the database."""
+    """Whether all goes through `links` (of the clients, to the broker, to the database), and its `clock` can jump."""
     deployment: Deployment = field(init=False)
     links: dict[str, Proxy] = field(default_factory=dict)
     stream: list[Delivery] = field(default_factory=list)
     life: int = 0
+    clock: Clock | None = None
 
     def __post_init__(self) -> None:
         self.deployment = Deployment.at(self.home)
@@ -60,6 +62,8 @@ class Cluster:
         self.collector = Process("services.collector", arguments, self.home / "collector.log")
         if self.proxied:
             self.links["clients"] = Proxy(self.collector.port)
+            self.clock = Clock(self.home)
+            self.collector.environment = self.clock.environment
         self._log: Log = open_log(self.broker.bootstrap_servers)
         self._policy = self._log.producer()
         self._sent: list[Future[Position]] = []

@@ -20,9 +20,7 @@ from tests.faults.proxy import Fault
 
 COMMITTED = "SELECT coalesce(max(id), 0) FROM outbox"
 """The newest event."""
-_PUBLISHED = "SELECT coalesce(max(id), 0) FROM outbox WHERE published_at IS NOT NULL"
 
-_SETTLE_SECONDS = 60.0
 # Of a round trip: longer than a process waits for a broker or a database.
 _LATE_SECONDS = 12.0
 
@@ -105,18 +103,11 @@ async def without_memory(made: Cluster) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def clock_jumps(made: Cluster) -> AsyncIterator[None]:
-    """The last of all: what makes clocks jump also hooks into how threads wait, and other faults are to be without."""
-    assert await asyncio.to_thread(made.collector.stop) == 0
-    made.collector.environment = faked_clock(made.home)
-    await asyncio.to_thread(made.start_collector)
-    # Everything is slow below it, starting above all: the jump is to be told from that.
-    begun = await ask(made, COMMITTED)
-    async with asyncio.timeout(_SETTLE_SECONDS):
-        while await ask(made, _PUBLISHED) <= begun:  # noqa: ASYNC110 - another process
-            await asyncio.sleep(0.05)
-    _clock(made.home).write_text("+2h")
+    """Two hours ahead, and back."""
+    assert made.clock is not None
+    made.clock.jump(7200)
     yield
-    _clock(made.home).write_text("+0")
+    made.clock.jump(0)
 
 
 @contextlib.asynccontextmanager
@@ -162,22 +153,3 @@ def fill(path: Path) -> None:
     with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-
-
-def _clock(home: Path) -> Path:
-    return home / "clock"
-
-
-def faked_clock(home: Path) -> dict[str, str]:
-    """What a process is started with for its wall clock to be as the file says; time that passes is left alone."""
-    libraries = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
-    if not libraries:
-        raise FileNotFoundError("libfaketime is not there. On Debian type: sudo apt-get install libfaketime")
-    _clock(home).write_text("+0")
-    return {
-        "LD_PRELOAD": str(libraries[0]),
-        "FAKETIME_TIMESTAMP_FILE": str(_clock(home)),
-        "FAKETIME_CACHE_DURATION": "1",  # or each look at the clock reads the file, and everything is slow
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        "DONT_FAKE_MONOTONIC": "1",
-    }
