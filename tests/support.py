@@ -143,7 +143,7 @@ class Deployment:
             base_model="tiny-llama",
             probes=probes,
         )
-        return self.store.publish(manifest, write, ManifestSigner.load(self.home / "keys"))
+        return self.store.publish(manifest, write, ManifestSigner.load(self.home / "keys")).manifest
 
 
 def free_port() -> int:

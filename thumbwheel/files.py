@@ -7,6 +7,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -55,6 +56,39 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file as 64 hexadecimal digits. Read in chunks, outside the interpreter's lock."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Digest:
+    """SHA-256 worked out beside: hashing is the processor's work, and what else is done with the bytes mostly is not.
+
+    To be used in a `with` statement. What is given must not change before `wait`, or the next call of `update`.
+    """
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1, "hashing")
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> Digest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Adds these bytes."""
+        self.wait()
+        self._last = self._pool.submit(self._digest.update, data)
+
+    def wait(self) -> None:
+        """Returns when all that was given is hashed."""
+        if self._last is not None:
+            self._last.result()
+
+    def hexdigest(self) -> str:
+        """Of all that was given, as 64 hexadecimal digits."""
+        self.wait()
+        return self._digest.hexdigest()
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -81,6 +81,11 @@ class TrainingCheckpoints:
             return None
         return folder
 
+    def add(self, number: int, staging: Path, fill: Callable[[Path], None]) -> None:
+        """More of what `stage` has begun, at once. Raises `errors.NoSpace`."""
+        with files.space_errors(self._root, files.tree_size(staging), _what(self.target(number))):
+            fill(staging)
+
     def _stage(self, name: str, target: Path, fill: Callable[[Path], None]) -> Path:
         self._root.mkdir(parents=True, exist_ok=True)
         staging = self._root / name
@@ -88,8 +93,8 @@ class TrainingCheckpoints:
         needed = files.tree_size(newest[1]) if newest and target.name.startswith("checkpoint") else 0
         shutil.rmtree(staging, ignore_errors=True)
         try:
-            with files.space_errors(self._root, needed, f"a training checkpoint ({target.name})"):
-                files.require_space(self._root, needed, f"a training checkpoint ({target.name})")
+            with files.space_errors(self._root, needed, _what(target)):
+                files.require_space(self._root, needed, _what(target))
                 staging.mkdir()
                 fill(staging)  # 1
         except BaseException:
@@ -100,7 +105,7 @@ class TrainingCheckpoints:
     def _put(self, staging: Path, target: Path, more: Callable[[], None] = lambda: None) -> Path:
         needed = files.tree_size(staging)
         try:
-            with files.space_errors(self._root, needed, f"a training checkpoint ({target.name})"):
+            with files.space_errors(self._root, needed, _what(target)):
                 more()
                 index = {"format": _FORMAT, "files": self._describe(staging)}  # 2
                 (staging / INDEX).write_text(json.dumps(index, indent=1))
@@ -153,6 +158,10 @@ class TrainingCheckpoints:
     def _numbered(self, name: re.Pattern[str]) -> list[tuple[int, Path]]:
         found = self._root.iterdir() if self._root.is_dir() else ()
         return [(int(match[1]), path) for path in found if (match := name.fullmatch(path.name))]
+
+
+def _what(target: Path) -> str:
+    return f"a training checkpoint ({target.name})"
 
 
 def _fault(folder: Path) -> str:

@@ -12,6 +12,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -300,7 +301,10 @@ class Learner:
 
         def write() -> None:
             if rank < files:
-                shards.write(folder / shards.file_name(rank), fragments, {_RANDOM: random_state}, self._captured.set)
+                path = folder / shards.file_name(rank)
+                # Nobody waits for it, and people for what is done meanwhile: the version's way to the servers.
+                with ThreadPoolExecutor(1, "shards", runtime.give_way) as beside:
+                    beside.submit(shards.write, path, fragments, {_RANDOM: random_state}, self._captured.set).result()
             self._captured.set()
             if rank == 0:
                 shards.write_index(folder, index)

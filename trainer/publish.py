@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -20,7 +20,7 @@ from uuid_utils import uuid7
 from thumbwheel import errors, files, tracing
 from thumbwheel.auth import ManifestSigner
 from thumbwheel.checkpoints import delta
-from thumbwheel.checkpoints.store import SAMPLES, LocalStore, VerifiedVersion, version_name
+from thumbwheel.checkpoints.store import SAMPLES, LocalStore, VerifiedVersion, Write, version_name
 from thumbwheel.heads import ONE_HEAD, Heads
 from thumbwheel.stream import topics
 from thumbwheel.stream.log import Position, Producer
@@ -60,11 +60,10 @@ class Publisher:
     ) -> None:
         self._store, self._signer, self._producer, self._stop, self._task = store, signer, producer, stop, task
 
-    def publish(self, manifest: CheckpointManifest, write: Callable[[Path], None]) -> VerifiedVersion:
-        """1. Into the store, unless it is there. 2. Read back and verified. Errors as `LocalStore.publish`."""
-        published = self._store.publish(manifest, write, self._signer)  # 1
-        version = self._store.load(published.version)  # 2
-        if (found := published.lineage.samples_sha256) != manifest.lineage.samples_sha256:
+    def publish(self, manifest: CheckpointManifest, write: Write) -> VerifiedVersion:
+        """1. Into the store; one that is there already is verified. Errors as `LocalStore.publish`."""
+        version = self._store.publish(manifest, write, self._signer)
+        if (found := version.manifest.lineage.samples_sha256) != manifest.lineage.samples_sha256:
             raise errors.Conflict(
                 f"{manifest.version} is in the store already, with other samples ({found[:12]}…).",
                 remedy="Two trainers write to one store, or an old training checkpoint was put back: move the newer "
@@ -72,11 +71,11 @@ class Publisher:
             )
         return version
 
-    def announce(self, version: VerifiedVersion, learnt: Sequence[float] = ()) -> bool:
-        """3. Says on the stream that the version is there, and waits until the broker has it. While the broker is away
-        it tries again, with a warning each time. False where the process was asked to stop meanwhile: that version is
-        announced again at the next start. `learnt` says when each of its samples was committed, in seconds since the
-        epoch; 0 where that is not known.
+    def announce(self, version: VerifiedVersion, learnt: Sequence[float] = (), *, patience: float = math.inf) -> bool:
+        """2. Says on the stream that the version is there, and waits until the broker has it. While the broker is away
+        it tries again, with a warning each time. False where that took longer than `patience` seconds, and where the
+        process was asked to stop meanwhile: that version is announced again at the next start. `learnt` says when each
+        of its samples was committed, in seconds since the epoch; 0 where that is not known.
         """
         event = version_event(version)
         known = [at for at in learnt if at]
@@ -85,12 +84,12 @@ class Publisher:
         schema = event.DESCRIPTOR.full_name.encode()
         headers = (("schema", schema), ("event_id", event.event_id.encode()), *tracing.headers())
         delay, began = _FIRST_RETRY_SECONDS, time.monotonic()
-        while not self._stop.is_set():
+        while not self._stop.is_set() and (left := patience - (time.monotonic() - began)) > 0:
             try:
                 future = self._producer.send(
                     topics.VERSIONS, event.version.encode(), event.SerializeToString(), headers
                 )
-                if self._acknowledged(future):
+                if self._acknowledged(future, min(left, _ACK_SECONDS)):
                     metrics.PUBLISHED.labels(self._task).set(event.sequence)
                     logger.info("version announced", extra={"version": event.version})
                     return True
@@ -102,7 +101,7 @@ class Publisher:
                     error,
                     extra={"version": event.version, "waited_seconds": round(time.monotonic() - began, 1)},
                 )
-            self._stop.wait(delay)
+            self._stop.wait(min(delay, max(0.0, patience - (time.monotonic() - began))))
             delay = min(delay * 2, _LAST_RETRY_SECONDS)
         return False
 
@@ -131,17 +130,17 @@ class Publisher:
                 version=version,
             )
 
-    def _acknowledged(self, future: Future[Position]) -> bool:
+    def _acknowledged(self, future: Future[Position], seconds: float) -> bool:
         """Waits for the broker; False where the process is asked to stop. Raises what the future failed with, and
         `errors.DeadlineExceeded`.
         """
-        deadline = time.monotonic() + _ACK_SECONDS
+        deadline = time.monotonic() + seconds
         while not self._stop.is_set():
             if wait_for([future], timeout=_STOP_SECONDS).done:
                 future.result()
                 return True
             if time.monotonic() > deadline:
-                raise errors.DeadlineExceeded(f"The broker did not acknowledge the record within {_ACK_SECONDS:g} s.")
+                raise errors.DeadlineExceeded(f"The broker did not acknowledge the record within {seconds:.0f} s.")
         return False
 
 
@@ -181,23 +180,55 @@ def scored_probe_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return prompt, [*continuation, int(tokenizer.eos_token_id)]
 
 
-def write_deltas(parent: Path, folder: Path) -> None:
-    """Writes, beside the weights in `folder`, how they are made out of those of the version in `parent`.
+def write_deltas(store: LocalStore, parent: str, folder: Path) -> dict[str, str]:
+    """Writes, beside the weights in `folder`, how they are made out of those of the version `parent` of the `store`.
+    Returns the weights' SHA-256, by file: they are hashed, and forced to the disk, meanwhile.
 
     Servers that hold the parent then read the delta alone. Where more than half of the weights have changed, or the
     parent is not in the store any more, there is nothing to be gained, and nothing is written.
     """
-    for weights in sorted(folder.glob("*.safetensors")):
-        before = parent / weights.name
-        if not before.is_file() or delta.changed_share(before, weights) > MOST_CHANGED:
-            logger.info("no delta is written: too much has changed", extra={"file": weights.name})
-            continue
-        delta.write(before, weights, weights.with_name(weights.name + delta.SUFFIX))
+    before = _sha256s(store, parent)
+    weights = sorted(folder.glob("*.safetensors"))
+    with ThreadPoolExecutor(1, "hashing") as beside:
+        hashing = {path.name: beside.submit(_settle, path) for path in weights}
+
+        def sha256s(name: str) -> tuple[str, str]:
+            return before[name], hashing[name].result()
+
+        for path in weights:
+            old = store.root / parent / path.name
+            if path.name not in before or not old.is_file():
+                logger.info("no delta is written: the parent is not there", extra={"file": path.name, "parent": parent})
+            elif delta.changed_share(old, path) > MOST_CHANGED:
+                logger.info("no delta is written: too much has changed", extra={"file": path.name})
+            else:
+                made = path.with_name(path.name + delta.SUFFIX)
+                delta.write(old, path, made, sha256s=functools.partial(sha256s, path.name))
+    return {name: digest.result() for name, digest in hashing.items()}
 
 
-def write_version(made: Path, folder: Path, *, base: VerifiedVersion, parent: Path) -> None:
+def _settle(file: Path) -> str:
+    """Its SHA-256; it is on the disk afterwards."""
+    digest = files.sha256(file)
+    files.sync(file)
+    return digest
+
+
+def _sha256s(store: LocalStore, version: str) -> dict[str, str]:
+    """What the manifest of a version says of its files; nothing where there is none that holds."""
+    if not version:
+        return {}
+    try:
+        manifest, _, _ = store.describe(version)
+    except (errors.NotFound, errors.CorruptCheckpoint) as error:
+        logger.warning("the parent cannot be read: %s", error, extra={"version": version})
+        return {}
+    return {file.path: file.sha256 for file in manifest.files}
+
+
+def write_version(made: Path, folder: Path, *, base: VerifiedVersion, store: LocalStore, parent: str) -> dict[str, str]:
     """Fills a version's folder from the training checkpoint in `made`: the model without a copy, what is beside the
-    weights of the `base`, the samples' ids, and deltas to the version in `parent`.
+    weights of the `base`, the samples' ids, and deltas to the version `parent`. Returns what `write_deltas` does.
     """
     for file in sorted(path for path in (made / MODEL).rglob("*") if path.is_file()):
         target = folder / file.relative_to(made / MODEL)
@@ -205,7 +236,7 @@ def write_version(made: Path, folder: Path, *, base: VerifiedVersion, parent: Pa
         files.link(file, target)
     copy_tokenizer(base, folder)
     shutil.copyfile(made / SAMPLES, folder / SAMPLES)
-    write_deltas(parent, folder)
+    return write_deltas(store, parent, folder)
 
 
 def copy_tokenizer(source: VerifiedVersion, folder: Path) -> None:

@@ -9,13 +9,11 @@ Files are written straight from the memory that the optimizer works on, without 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +46,14 @@ def write(path: Path, fragments: Sequence[Fragment], more: Mapping[str, Tensor],
         starts[fragment.name] = str(fragment.start)
         tensors |= {f"{kind}:{fragment.name}": tensor for kind, tensor in fragment.tensors.items()}
     part = path.with_name(f".{path.name}.part")
-    digest = hashlib.sha256()
     try:
-        # At the same time: hashing is the processor's work, writing the disk's.
-        with part.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "hashing") as beside:
+        with part.open("wb", buffering=0) as file, files.Digest() as digest:
             for data in _serialized(tensors, starts):
-                hashing = beside.submit(digest.update, data)
+                digest.update(data)
                 view = memoryview(data)
                 while len(view):
                     view = view[file.write(view) :]
-                hashing.result()
+            digest.wait()
             captured()
             os.fsync(file.fileno())
         path.with_name(path.name + files.DIGEST_SUFFIX).write_text(digest.hexdigest())

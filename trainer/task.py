@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 STATE = "state.json"
 VERSION = "version.json"
 LESSON = "lesson.json"
+_ANNOUNCE_SECONDS = 3.0
+"""How long the rest of a checkpoint waits for a version to be announced. After it, that goes on."""
 
 
 class _Making(NamedTuple):
@@ -261,6 +263,8 @@ class Task:
         """
         self._after.wait()
         self._buffer.learnt(sample.id for sample in samples)
+        self._feed.replay.learnt(samples, self._referenced)
+        self._referenced = {}
         newest = self._shared.store.latest(self._objective.role)
         state = State(
             round=self._state.round + 1,
@@ -272,8 +276,11 @@ class Task:
             vitals={**self._watch.vitals, **self._state.vitals},
             start=self._state.start,
         )
+        with metrics.phase(self.name, "checkpoint"):
+            staging = self._checkpoints.stage(state.round, lambda folder: self._save(folder, state))
+            writing = self._shared.team.save(staging, staging / MODEL)
         ids = "".join(f"{sample_id}\n" for sample_id in sorted(sample.id for sample in samples))
-        manifest = lineage.manifest(
+        manifest = lineage.manifest(  # while the weights are being written
             self._objective,
             self._shared.settings,
             self.name,
@@ -286,17 +293,12 @@ class Task:
             measured=measured,
             probe=lineage.probe(self._shared.team, self._encoder.tokenizer, self._objective.role),
         )
-        self._feed.replay.learnt(samples, self._referenced)
-        self._referenced = {}
 
         def fill(folder: Path) -> None:
-            self._save(folder, state)
             (folder / VERSION).write_text(json_format.MessageToJson(manifest))
             (folder / SAMPLES).write_text(ids)
 
-        with metrics.phase(self.name, "checkpoint"):
-            staging = self._checkpoints.stage(state.round, fill)
-            writing = self._shared.team.save(staging, staging / MODEL)
+        self._checkpoints.add(state.round, staging, fill)
 
         def finish() -> None:
             with metrics.phase(self.name, "write"):
@@ -325,8 +327,7 @@ class Task:
 
         def release() -> None:
             making.model_saved.result()
-            self._publish(making.staging, learnt, began)
-            making.finish()
+            self._publish(making.staging, learnt, began, making.finish)
 
         self._do_after(release)
         if not self._resident:
@@ -344,16 +345,23 @@ class Task:
             self._held = self._buffer.pick(self._planned)
             self._buffer.learnt(self._planned)
 
-    def _publish(self, made: Path, learnt: Sequence[Sample], began: float) -> None:
+    def _publish(
+        self, made: Path, learnt: Sequence[Sample], began: float, finish: Callable[[], None] = lambda: None
+    ) -> None:
         manifest = json_format.Parse((made / VERSION).read_text(), CheckpointManifest())
+        received = [sample.received_at for sample in learnt]
         with metrics.phase(self.name, "publish"):
-            parent = self._shared.store.root / manifest.parent
+            store, parent = self._shared.store, manifest.parent
             version = self._publisher.publish(
-                manifest, lambda folder: publish.write_version(made, folder, base=self._base, parent=parent)
+                manifest,
+                lambda folder: publish.write_version(made, folder, base=self._base, store=store, parent=parent),
             )
-            announced = self._publisher.announce(version, [sample.received_at for sample in learnt])
+            announced = self._publisher.announce(version, received, patience=_ANNOUNCE_SECONDS)
             within = tracing.traceparent()
         if announced:
+            self._publisher.told(manifest.version, learnt, began=began, within=within)
+        finish()
+        if not announced and self._publisher.announce(version, received):
             self._publisher.told(manifest.version, learnt, began=began, within=within)
         if self._shared.settings.keep_versions:
             self._publisher.thin(self._objective.role, self._shared.settings.keep_versions, also=[self._state.start])

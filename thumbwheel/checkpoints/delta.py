@@ -20,10 +20,13 @@ longer matches takes four times as long for a larger file. Numbers are little-en
 
 from __future__ import annotations
 
-import hashlib
+import itertools
+import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,8 +44,11 @@ SUFFIX = ".delta"
 MAGIC = b"TWDELTA1"
 
 _RUN = 1 << 22
+_THREADS = min(8, os.cpu_count() or 1)
+"""What a delta is written with: runs are packed side by side."""
 _SAME, _CHANGED, _WHOLE = 0, 1, 2
 _U8, _U32, _U64 = struct.Struct("<B"), struct.Struct("<I"), struct.Struct("<Q")
+_UNCHANGED = _U8.pack(0)
 _KINDS: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -62,32 +68,46 @@ def changed_share(parent: Path, target: Path) -> float:
     return changed / total if total else 0.0
 
 
-def write(parent: Path, target: Path, delta: Path) -> None:
-    """Writes to `delta` how the safetensors file `target` is made out of the file `parent`."""
+def write(parent: Path, target: Path, delta: Path, *, sha256s: Callable[[], tuple[str, str]] | None = None) -> None:
+    """Writes to `delta` how the safetensors file `target` is made out of the file `parent`.
+
+    `sha256s` is asked last for what is known of both files already; they are hashed where it is left out.
+    """
     prefix, wanted = tensors.read_header(target)
     have = {tensor.name: tensor for tensor in tensors.read_header(parent)[1]}
     old, new = _data(parent), _data(target)
-    with delta.open("wb") as out:
-        out.write(MAGIC + bytes.fromhex(files.sha256(parent)) + bytes.fromhex(files.sha256(target)))
-        out.write(_U64.pack(target.stat().st_size))
-        _write_blob(out, prefix)
+
+    def twins() -> Iterator[tuple[Tensor, Tensor]]:
         for tensor in wanted:
             twin = have.get(tensor.name)
-            if twin is None or (twin.dtype, twin.shape) != (tensor.dtype, tensor.shape):
-                out.write(_U8.pack(_WHOLE))
-                _write_blob(out, new[tensor.start : tensor.end].tobytes())
-                continue
+            if twin is not None and (twin.dtype, twin.shape) == (tensor.dtype, tensor.shape):
+                yield tensor, twin
+
+    def runs() -> Iterator[tuple[_Array, _Array]]:
+        for tensor, twin in twins():
             before, after = _elements(old, twin), _elements(new, tensor)
-            if np.array_equal(before, after):
-                out.write(_U8.pack(_SAME))
-                continue
-            out.write(_U8.pack(_CHANGED))
             for start in range(0, len(after), _RUN):
-                _write_run(out, before[start : start + _RUN], after[start : start + _RUN])
+                yield before[start : start + _RUN], after[start : start + _RUN]
+
+    known = {tensor.name for tensor, _ in twins()}
+    with delta.open("wb") as out, ThreadPoolExecutor(_THREADS, "delta") as pool:
+        out.write(MAGIC + bytes(64) + _U64.pack(target.stat().st_size))
+        out.write(_blob(prefix))
+        packed = _ahead(pool, runs())
+        for tensor in wanted:
+            if tensor.name not in known:
+                out.write(_U8.pack(_WHOLE) + _blob(new[tensor.start : tensor.end].tobytes()))
+                continue
+            its = list(itertools.islice(packed, -(-len(_elements(new, tensor)) // _RUN)))
+            out.write(_U8.pack(_CHANGED) + b"".join(its) if any(run != _UNCHANGED for run in its) else _U8.pack(_SAME))
+        hashes = sha256s() if sha256s else (files.sha256(parent), files.sha256(target))
+        out.seek(len(MAGIC))
+        out.write(bytes.fromhex("".join(hashes)))
 
 
-def apply(parent: Path, delta: Path, target: Path, *, sha256: str) -> None:
-    """Writes to `target` the file that `delta` makes out of `parent`, whose SHA-256 is to be `sha256`.
+def apply(parent: Path, delta: Path, target: Path, *, sha256: str, parent_sha256: str = "") -> None:
+    """Writes to `target` the file that `delta` makes out of `parent`, whose SHA-256 is to be `sha256`. That of the
+    parent is worked out where it is left out.
 
     Raises `errors.CorruptCheckpoint` where the delta belongs to another parent or result, or comes to something else;
     what was written is then of no use.
@@ -95,12 +115,11 @@ def apply(parent: Path, delta: Path, target: Path, *, sha256: str) -> None:
     with delta.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise _corrupt(delta, "is no delta")
-        if file.read(32).hex() != files.sha256(parent):
+        if file.read(32).hex() != (parent_sha256 or files.sha256(parent)):
             raise _corrupt(delta, f"belongs to another parent than {parent.parent.name}")
         if file.read(32).hex() != sha256:
             raise _corrupt(delta, "makes another file than the manifest names")
-        digest = hashlib.sha256()
-        with target.open("wb") as out:
+        with target.open("wb") as out, files.Digest() as digest:
             for piece in _pieces(parent, delta, file):
                 digest.update(piece)
                 out.write(piece)
@@ -131,19 +150,29 @@ def _pieces(parent: Path, delta: Path, file: BinaryIO) -> Iterator[bytes]:
         raise _corrupt(delta, "goes on after its end")
 
 
-def _write_run(out: BinaryIO, before: _Array, after: _Array) -> None:
+def _ahead(pool: Executor, runs: Iterator[tuple[_Array, _Array]]) -> Iterator[bytes]:
+    """The runs as they are written, in their order; a few are packed ahead, and no more, for the memory they take."""
+    packing: deque[Future[bytes]] = deque()
+    for before, after in runs:
+        packing.append(pool.submit(_run, before, after))
+        if len(packing) > 2 * _THREADS:
+            yield packing.popleft().result()
+    while packing:
+        yield packing.popleft().result()
+
+
+def _run(before: _Array, after: _Array) -> bytes:
     indices = np.flatnonzero(before != after)
     if not len(indices):
-        out.write(_U8.pack(0))
-        return
+        return _UNCHANGED
     gaps = np.diff(indices, prepend=-1) - 1
     largest = int(gaps.max())
     width = 1 if largest < 1 << 8 else 2 if largest < 1 << 16 else 4
     change = after[indices] - before[indices]  # modulo 2 to the width
     signed = change.view(f"i{change.itemsize}")
     zigzag = (change << change.dtype.type(1)) ^ (signed >> (8 * change.itemsize - 1)).view(change.dtype)
-    out.write(_U8.pack(width) + _U32.pack(len(indices)))
-    _write_blob(out, _planes(gaps.astype(_KINDS[width])) + _planes(zigzag))
+    planes = _planes(gaps.astype(_KINDS[width])) + _planes(zigzag)
+    return _U8.pack(width) + _U32.pack(len(indices)) + _blob(planes)
 
 
 def _read_run(file: BinaryIO, delta: Path, before: _Array) -> _Array:
@@ -185,11 +214,10 @@ def _data(path: Path) -> _Array:
     return np.memmap(path, np.uint8, "r").view(np.ndarray)
 
 
-def _write_blob(out: BinaryIO, data: bytes) -> None:
+def _blob(data: bytes) -> bytes:
     packer = zlib.compressobj(6, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
     packed = packer.compress(data) + packer.flush()
-    out.write(_U64.pack(len(packed)))
-    out.write(packed)
+    return _U64.pack(len(packed)) + packed
 
 
 def _read_blob(file: BinaryIO, delta: Path, size: int, *, exactly: bool = False) -> bytes:

@@ -13,7 +13,6 @@ a version that is held, only the delta is read from the store.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import logging
 import os
 import shutil
@@ -146,7 +145,8 @@ class HeldVersions:
         packed = target.with_name(target.name + delta.SUFFIX)
         try:
             self._copy(version, change, packed, deadline)
-            delta.apply(parent.path / file.path, packed, target, sha256=file.sha256)
+            before = next((its.sha256 for its in parent.manifest.files if its.path == file.path), "")
+            delta.apply(parent.path / file.path, packed, target, sha256=file.sha256, parent_sha256=before)
         except errors.CorruptCheckpoint as error:
             logger.warning("the delta is of no use, the full weights are taken: %s", error, extra={"version": version})
             return False
@@ -156,12 +156,12 @@ class HeldVersions:
 
     def _copy(self, version: str, file: CheckpointFile, target: Path, deadline: float) -> None:
         """Copies a file from the store. What is written is what was hashed; it is in the page cache afterwards."""
-        digest, size = hashlib.sha256(), 0
+        size = 0
         try:
             source = self._store.open(version, file.path)
         except FileNotFoundError:
             raise corrupt(version, file.path, "is missing") from None
-        with source, target.open("wb") as out:
+        with source, target.open("wb") as out, files.Digest() as digest:
             while piece := source.read(_CHUNK):
                 digest.update(piece)
                 size += len(piece)

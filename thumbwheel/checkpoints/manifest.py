@@ -11,6 +11,7 @@ import binascii
 import os
 import re
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 from google.protobuf import json_format
@@ -109,9 +110,9 @@ def check_files(folder: Path, manifest: CheckpointManifest, *, without: str | No
             raise corrupt(version, path, "was altered: its SHA-256 is not the manifest's")
 
 
-def describe_files(folder: Path) -> list[CheckpointFile]:
-    """Path, size and hash of every file under `folder`, sorted by path. Raises `errors.CorruptCheckpoint` for a file
-    that a version may not hold.
+def describe_files(folder: Path, hashed: Mapping[str, str]) -> list[CheckpointFile]:
+    """Path, size and hash of every file under `folder`, sorted by path; some are `hashed` already. Raises
+    `errors.CorruptCheckpoint` for a file that a version may not hold.
     """
     described = []
     for path in sorted(list_files(folder)):
@@ -119,7 +120,9 @@ def describe_files(folder: Path) -> list[CheckpointFile]:
             raise corrupt(folder.name, path, "is the store's to write", remedy="Write it under another name.")
         require_allowed(folder.name, path)
         file = folder / path
-        described.append(CheckpointFile(path=path, size=file.stat().st_size, sha256=files.sha256(file)))
+        described.append(
+            CheckpointFile(path=path, size=file.stat().st_size, sha256=hashed.get(path) or files.sha256(file))
+        )
     return described
 
 

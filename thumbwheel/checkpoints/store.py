@@ -14,7 +14,7 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,9 @@ THINNED = "thinned"
 _KEPT = (manifests.MANIFEST, manifests.SIGNATURE, SAMPLES, THINNED)
 _STAGING = ".staging"
 
+Write = Callable[[Path], Mapping[str, str] | None]
+"""Fills a folder with a version's files. Returns the SHA-256 of those that it has hashed, by their paths in it."""
+
 
 @dataclass(frozen=True)
 class VerifiedVersion:
@@ -57,10 +60,9 @@ class LocalStore:
         self.root = root
         self._verifier = verifier
 
-    def publish(
-        self, manifest: CheckpointManifest, write: Callable[[Path], None], signer: ManifestSigner
-    ) -> CheckpointManifest:
-        """Makes a version: `write` fills a staging folder, which is hashed, signed, synced and renamed.
+    def publish(self, manifest: CheckpointManifest, write: Write, signer: ManifestSigner) -> VerifiedVersion:
+        """Makes a version: `write` fills a staging folder, which is hashed, signed, synced and renamed. What `write`
+        has hashed already is not hashed again.
 
         `manifest` comes without files, key id and, where it is to be now, `created_at`; the complete one is returned. A
         version that is there already and verifies is returned as it is, and `write` is not called, or what it wrote is
@@ -83,7 +85,7 @@ class LocalStore:
                 remedy="Use manifest.key and manifest.pub of one deployment.",
             )
         if (self.root / version).exists():
-            return self.load(version).manifest
+            return self.load(version)
         needed = self._size(manifest.parent)
         with files.space_errors(_existing(self.root), needed, version):
             self._remove_dead_stagings()
@@ -91,15 +93,15 @@ class LocalStore:
             with self._staging(version) as folder:
                 # Measured before the staging folder is cleared away, for the message.
                 with files.space_errors(self.root, lambda: max(needed, files.tree_size(folder)), version):
-                    complete = _fill(folder, manifest, write, signer)
+                    complete, sha256 = _fill(folder, manifest, write, signer)
                 try:
                     folder.rename(self.root / version)
                 except OSError as error:
                     if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                         raise
-                    return self.load(version).manifest  # another publisher was first
+                    return self.load(version)  # another publisher was first
             files.sync(self.root)
-        return complete
+        return VerifiedVersion(self.root / version, complete, sha256)
 
     def versions(self, role: ModelRole.ValueType) -> list[CheckpointManifest]:
         """Manifests of a role's versions, newest first; all roles for MODEL_ROLE_UNSPECIFIED.
@@ -265,14 +267,14 @@ class LocalStore:
 
 
 def _fill(
-    folder: Path, manifest: CheckpointManifest, write: Callable[[Path], None], signer: ManifestSigner
-) -> CheckpointManifest:
-    """Steps 1 to 4 of publishing; the rename is the fifth. Returns the complete manifest."""
-    write(folder)  # 1
+    folder: Path, manifest: CheckpointManifest, write: Write, signer: ManifestSigner
+) -> tuple[CheckpointManifest, str]:
+    """Steps 1 to 4 of publishing; the rename is the fifth. Returns the complete manifest, and its file's SHA-256."""
+    hashed = write(folder) or {}  # 1
     complete = CheckpointManifest()
     complete.CopyFrom(manifest)
     complete.ClearField("files")
-    complete.files.extend(manifests.describe_files(folder))  # 2
+    complete.files.extend(manifests.describe_files(folder, hashed))  # 2
     complete.key_id = signer.key_id
     if not complete.HasField("created_at"):
         complete.created_at.GetCurrentTime()
@@ -283,7 +285,7 @@ def _fill(
         # Libraries write weights for their owner only; servers may run as somebody else.
         (folder / file.path).chmod(0o644)
     files.sync_tree(folder)  # 4
-    return complete
+    return complete, files.sha256_bytes(data)
 
 
 def _existing(folder: Path) -> Path:

@@ -78,7 +78,7 @@ def test_files_that_could_carry_code_are_refused(tmp_path: Path, name: str) -> N
     with pytest.raises(
         errors.CorruptCheckpoint, match=rf"policy-000001/{name} is of a kind .* Weights are safetensors"
     ):
-        manifests.describe_files(folder)
+        manifests.describe_files(folder, {})
 
 
 def test_links_and_devices_are_refused(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def listing(root: Path) -> list[str]:
 
 
 def test_a_published_version_loads(store: LocalStore, signer: ManifestSigner) -> None:
-    published = store.publish(a_manifest(), writer(2.5), signer)
+    published = store.publish(a_manifest(), writer(2.5), signer).manifest
     loaded = store.load("policy-000001")
     assert isinstance(loaded, VerifiedVersion)
     assert loaded.manifest == published
@@ -73,6 +73,18 @@ def test_a_published_version_loads(store: LocalStore, signer: ManifestSigner) ->
     assert loaded.manifest_sha256 == hashlib.sha256((loaded.path / "manifest.json").read_bytes()).hexdigest()
     assert load_file(loaded.path / "model.safetensors")["weight"][0] == 2.5
     assert listing(store.root / ".staging") == []
+
+
+def test_what_was_hashed_while_it_was_written_is_taken_at_its_word_until_it_is_loaded(
+    store: LocalStore, signer: ManifestSigner
+) -> None:
+    def write(folder: Path) -> dict[str, str]:
+        writer(1.0)(folder)
+        return {"config.json": hashlib.sha256(b"something else").hexdigest()}
+
+    store.publish(a_manifest(), write, signer)
+    with pytest.raises(errors.CorruptCheckpoint, match=r"config\.json was altered"):
+        store.load("policy-000001")
 
 
 def test_servers_of_another_user_can_read_what_was_written_for_its_owner_only(
@@ -102,7 +114,7 @@ def test_of_two_publishers_at_once_one_wins_and_both_return_it(store: LocalStore
             together.wait()
             writer(value)(folder)
 
-        return store.publish(a_manifest(), write, signer)
+        return store.publish(a_manifest(), write, signer).manifest
 
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(publish, [1.0, 2.0, 3.0, 4.0]))
@@ -129,7 +141,7 @@ def test_a_staging_that_another_publisher_clears_away_is_made_again(
 
     (store.root / ".staging").mkdir(parents=True)
     monkeypatch.setattr(store, "_remove_dead_stagings", lambda: monkeypatch.setattr(module, before, after_another))
-    published = store.publish(a_manifest(), writer(1.0), signer)
+    published = store.publish(a_manifest(), writer(1.0), signer).manifest
     assert len(cleared) == 1
     assert store.load("policy-000001").manifest == published
     assert listing(store.root / ".staging") == []
@@ -324,7 +336,7 @@ def test_a_full_disk_names_folder_and_bytes_and_leaves_nothing(
     with pytest.raises(errors.NoSpace, match=rf"No space in {store.root} for policy-000001: at least 5,000 bytes"):
         store.publish(a_manifest(), write, signer)
     assert listing(store.root) == [".staging"]
-    assert store.publish(a_manifest(), writer(), signer).version == "policy-000001"
+    assert store.publish(a_manifest(), writer(), signer).manifest.version == "policy-000001"
 
 
 def test_a_disk_that_is_full_only_when_synced(

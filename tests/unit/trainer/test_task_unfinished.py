@@ -6,14 +6,16 @@ import contextlib
 import dataclasses
 import logging
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.support import Deployment
-from tests.unit.trainer.test_task import POLICY, rounds, samples, send, shared
+from tests.unit.trainer.test_task import POLICY, announced, rounds, samples, send, shared
 from thumbwheel.auth import ManifestSigner
 from thumbwheel.stream import topics
 from thumbwheel.stream.memory import MemoryLog
@@ -159,3 +161,31 @@ def test_names_are_used_once_where_it_is_not_known_any_more_what_a_round_learnt(
     assert parents["policy-000004"] == "policy-000003"
     assert samples(shared, "policy-000002") == samples(shared, "policy-000003") == [4, 5, 6, 7]
     assert samples(shared, "policy-000004") == [8, 9, 10, 11]
+
+
+def test_a_broker_that_is_away_keeps_no_checkpoint_from_being_finished(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the version is announced when it is back."""
+    monkeypatch.setattr("trainer.task._ANNOUNCE_SECONDS", 0.05)
+    monkeypatch.setattr(publish, "_FIRST_RETRY_SECONDS", 0.01)
+    finished = threading.Event()
+    finish = TrainingCheckpoints.finish
+
+    def noticed(*arguments: Any) -> Path:
+        folder = finish(*arguments)
+        finished.set()
+        return folder
+
+    monkeypatch.setattr(TrainingCheckpoints, "finish", noticed)
+    assert isinstance(shared.log, MemoryLog)
+    task = Task("policy", shared, resident=True)
+    task.resume()
+    task.ingest(1.0)
+    shared.log.stop()
+    loop.turn(task)
+    assert finished.wait(20.0)
+    assert (shared.settings.training_path / "policy" / "checkpoint-000001" / "index.json").exists()
+    shared.log.start()
+    task.close()  # waits for what is done in the background
+    assert announced(shared)[-1] == "policy-000001"
