@@ -9,14 +9,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-_NICENESS = 10
-
 
 class Background:
-    """A thread of its own, which gives way to those that compute."""
+    """A thread of its own, by so much `nicer` than others: it gives way to those that compute."""
 
-    def __init__(self, name: str) -> None:
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=_give_way)
+    def __init__(self, name: str, *, nicer: int = 10) -> None:
+        self._executor = ThreadPoolExecutor(1, name, _give_way, (nicer,))
         self._futures: list[Future[None]] = []
 
     def submit(self, work: Callable[[], None]) -> Future[None]:
@@ -58,7 +56,8 @@ class Background:
             self._executor.shutdown()
 
 
-def _give_way() -> None:
+def _give_way(nicer: int) -> None:
     # Linux has a niceness for each thread.
     with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + nicer)

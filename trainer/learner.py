@@ -12,7 +12,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,6 +92,7 @@ class Learner:
         self._writing = Background("checkpoint-writer")
         self._captured = threading.Event()
         self._captured.set()
+        self._hurry = threading.Event()
 
     def learn(
         self,
@@ -110,6 +110,7 @@ class Learner:
         first loss or gradient that is not finite, or exploded, and `Stopped` as soon as `stop` says so; the learner is
         of no use after either of these two.
         """
+        self.hurry()  # the first step is going to wait for it
         settings, started = self._settings, time.perf_counter()
         samples = [sample for sample in samples if self._objective.learns_from(sample)]
         if not samples:
@@ -268,11 +269,12 @@ class Learner:
     def _write_whole(self, folder: Path) -> None:
         self._model.save_pretrained(folder, state_dict=lora.merged(self._model) if self._settings.lora_rank else None)
 
-    def save(self, folder: Path, model: Path | None = None) -> Background:
+    def save(self, folder: Path, model: Path | None = None, *, grace: float = 0.0) -> Background:
         """Writes master weights, optimizer, random state and the objectives' states into `folder`, and the model, as
         `write_model` does, into `model`, a policy's LoRA by itself below it too, in the background; wait for the end of
-        what it returns; the model is there sooner, when `model_saved` is done. Meanwhile the learner may learn: its
-        next step of the optimizer waits until all is read out of memory.
+        what it returns; the model is there sooner, when `model_saved` is done, and for `grace` seconds after that
+        nothing is written, unless somebody is in a hurry. Meanwhile the learner may learn: its next step of the
+        optimizer waits until all is read out of memory.
         """
         rank, files = ranks.rank(), 1 if self._engine.stage == 0 else ranks.count()
         self.wait_saved()
@@ -287,6 +289,7 @@ class Learner:
             "objectives": self._states,
         }
         self._captured.clear()
+        self._hurry.clear()
 
         def write_weights() -> None:
             try:
@@ -300,11 +303,9 @@ class Learner:
                 raise
 
         def write() -> None:
+            self._hurry.wait(grace)
             if rank < files:
-                path = folder / shards.file_name(rank)
-                # Nobody waits for it, and people for what is done meanwhile: the version's way to the servers.
-                with ThreadPoolExecutor(1, "shards", runtime.give_way) as beside:
-                    beside.submit(shards.write, path, fragments, {_RANDOM: random_state}, self._captured.set).result()
+                shards.write(folder / shards.file_name(rank), fragments, {_RANDOM: random_state}, self._captured.set)
             self._captured.set()
             if rank == 0:
                 shards.write_index(folder, index)
@@ -316,7 +317,12 @@ class Learner:
 
     def wait_saved(self) -> None:
         """Waits until what was saved is written. Raises what kept it from that."""
+        self.hurry()
         self._writing.wait()
+
+    def hurry(self) -> None:
+        """Ends the time of grace of what is being saved."""
+        self._hurry.set()
 
     def restore(self, folder: Path) -> None:
         """Takes on the weights, optimizer and random state saved in `folder` by any number of ranks, at any stage, bit
@@ -335,6 +341,7 @@ class Learner:
 
     def close(self) -> None:
         """Frees everything, when all that is being saved is written."""
+        self.hurry()
         try:
             self._writing.close()
         finally:

@@ -6,7 +6,6 @@ import ctypes
 import gc
 import logging
 import os
-import threading
 import warnings
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -14,8 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_GIVE_WAY = 5
-"""Niceness of threads that nobody waits for: beside others, about a quarter of the time is theirs."""
 _RANK_TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for each other before they give up."""
 
@@ -128,11 +125,6 @@ def _quiet_deepspeed() -> None:
     logger.handlers.clear()
     logger.propagate = True
     logger.setLevel(logging.WARNING)
-
-
-def give_way() -> None:
-    """Has this thread, and those that it starts, give way to others where cores are few."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _GIVE_WAY)  # on Linux, of a thread
 
 
 def free_memory() -> None:

@@ -51,6 +51,10 @@ VERSION = "version.json"
 LESSON = "lesson.json"
 _ANNOUNCE_SECONDS = 3.0
 """How long the rest of a checkpoint waits for a version to be announced. After it, that goes on."""
+_GRACE_SECONDS = 3.0
+"""How long after a model's weights the optimizer's, of six times their size, are written, where no other round begins
+meanwhile: what servers on the same machine do with the version comes first.
+"""
 
 
 class _Making(NamedTuple):
@@ -83,7 +87,7 @@ class Task:
         self._learnt: Sequence[Sample] = ()
         self._referenced: PerSample = {}
         self._began = 0.0
-        self._after = Background(f"after-{name}")
+        self._after = Background(f"after-{name}", nicer=0)  # people wait for it
         self._making: _Making | None = None
         self._to_commit: dict[TopicPartition, int] = {}
         self._folder = self._checkpoints.newest()
@@ -278,7 +282,8 @@ class Task:
         )
         with metrics.phase(self.name, "checkpoint"):
             staging = self._checkpoints.stage(state.round, lambda folder: self._save(folder, state))
-            writing = self._shared.team.save(staging, staging / MODEL)
+            grace = _GRACE_SECONDS if self._resident else 0.0
+            writing = self._shared.team.save(staging, staging / MODEL, grace)
         ids = "".join(f"{sample_id}\n" for sample_id in sorted(sample.id for sample in samples))
         manifest = lineage.manifest(  # while the weights are being written
             self._objective,
@@ -375,6 +380,7 @@ class Task:
 
     def close(self) -> None:
         """Lets go of everything, when what was begun in the background is done."""
+        self._shared.team.hurry()
         try:
             self._after.close()
         finally:

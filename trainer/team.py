@@ -92,10 +92,15 @@ class Team:
         with self._stopping():
             return self.learner.judge([sample for sample in wanted if isinstance(sample, Pair)], self._stop)
 
-    def save(self, folder: Path, model: Path) -> Background:
+    def save(self, folder: Path, model: Path, grace: float = 0.0) -> Background:
         """See `Learner.save`."""
-        self._say("save", folder=str(folder), model=str(model))
-        return self.learner.save(folder, model)
+        self._say("save", folder=str(folder), model=str(model), grace=grace)
+        return self.learner.save(folder, model, grace=grace)
+
+    def hurry(self) -> None:
+        """See `Learner.hurry`; on this rank: the others end theirs by themselves."""
+        if self._learner is not None:
+            self._learner.hurry()
 
     def probe(self, prompt: Sequence[int], continuation: Sequence[int]) -> list[float]:
         """See `Learner.probe`."""

@@ -165,6 +165,34 @@ def test_a_restart_between_rounds_changes_no_bit(
     assert not all(torch.equal(expected[name], middle[name]) for name in expected)
 
 
+def test_nothing_is_written_in_the_time_of_grace_until_the_next_round(policy_path: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    samples, settings = make_samples(16), settings_with()
+    reference = with_sums(samples, -40.0, -42.0)
+
+    def start() -> Learner:
+        return Learner(mixture("dpo", settings), policy_path, settings, learning_rate=1e-3)
+
+    learner = start()
+    learner.learn(samples[:8], reference, round_number=1)
+    expected = weights(learner, tmp_path / "expected")
+    (tmp_path / "checkpoint").mkdir()
+    writing = learner.save(tmp_path / "checkpoint", tmp_path / "model", grace=60.0)
+    learner.model_saved.result(60.0)
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(expected[name], saved[name]) for name in expected)
+    assert list((tmp_path / "checkpoint").iterdir()) == []
+    learner.learn(samples[8:], reference, round_number=2)  # it changes what is being saved, but not before it is read
+    writing.wait()
+    learner.close()
+    restored = start()
+    restored.restore(tmp_path / "checkpoint")
+    found = weights(restored, tmp_path / "found")
+    restored.close()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_the_reference_pass_equals_the_models_own_logprobs(policy_path: Path) -> None:
     samples = make_samples(5)
     reference = reference_logprobs(policy_path, samples, max_tokens=80)

@@ -33,8 +33,8 @@ class FakeLearner:
             raise Unfit("The loss is nan.", reason="not_finite", remedy="Stop.")
         return {"loss": 1.0}
 
-    def save(self, folder: Path, model: Path) -> None:
-        self.asked.append(("save", folder, model))
+    def save(self, folder: Path, model: Path, *, grace: float) -> None:
+        self.asked.append(("save", folder, model, grace))
 
     def close(self) -> None:
         self.asked.append(("close",))
@@ -58,7 +58,7 @@ def test_all_ranks_are_asked_the_same(said: list[Any], monkeypatch: pytest.Monke
     assert sorted(lead.reference(tmp_path, samples, {"known": [0.25]})) == [*(sample.id for sample in samples), "known"]
     lead.open("policy", tmp_path, steps_done=7, checkpoint=tmp_path / "checkpoint")
     assert lead.learn(samples, round_number=1) == {"loss": 1.0}
-    lead.save(tmp_path / "a", tmp_path / "b")
+    lead.save(tmp_path / "a", tmp_path / "b", 2.5)
     with pytest.raises(Unfit):
         lead.learn(samples, round_number=2)
     lead.close()
