@@ -83,12 +83,13 @@ def ours(commands: Commands, objective: str, **changes: Any) -> None:
     """Our learner, with the reference's log-probabilities of each round. Several ranks do the same together."""
     from thumbwheel.v1.rollout_pb2 import ModelRole
     from trainer import losses, ranks
-    from trainer.inference import reference_logprobs
+    from trainer.inference import Reference
     from trainer.learner import Learner
 
     settings = _settings(objective, **changes)
     mixture = losses.objective(objective, ModelRole.MODEL_ROLE_POLICY, settings)
     learner = Learner(mixture, commands.model, settings, learning_rate=RATE)
+    asked = Reference(keep=ranks.count() == 1)  # as `trainer.team` has it
     rounds = commands.rounds() if ranks.lead() else iter(())
     number = 0
     while True:
@@ -98,7 +99,7 @@ def ours(commands: Commands, objective: str, **changes: Any) -> None:
             break
         number += 1
         mine = [commands.samples[index] for index in numbers]
-        reference = reference_logprobs(commands.model, mine, max_tokens=settings.micro_batch_tokens)
+        reference = asked.logprobs(commands.model, mine, max_tokens=settings.micro_batch_tokens)
         learner.learn(mine, reference, round_number=number)
         if ranks.lead():
             commands.done()

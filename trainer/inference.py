@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,17 +53,40 @@ def per_token(
     return found
 
 
+class Reference:
+    """The reference model, which is asked about a round at a time. `keep` has it stay in memory for the next one."""
+
+    def __init__(self, *, keep: bool) -> None:
+        self._keep = keep
+        self._path: Path | None = None
+        self._model: Any = None
+
+    def logprobs(
+        self, path: Path, samples: Sequence[Sample], *, max_tokens: int, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, Tensor]:
+        """Log-probabilities of all response tokens under the policy in `path`. Every rank has it whole. Raises
+        `Stopped`.
+        """
+        device = runtime.device()
+        if path != self._path:
+            self.close()
+            self._model, self._path = models.load_causal(path).eval().to(device), path
+        ask = functools.partial(models.response_token_logprobs, self._model)
+        found = per_token(ask, samples, device=device, max_tokens=max_tokens, stop=stop)
+        del ask
+        if not self._keep:
+            self.close()
+        return found
+
+    def close(self) -> None:
+        """Frees it, where it is in memory."""
+        if self._model is not None:
+            self._model = self._path = None
+            runtime.free_memory()
+
+
 def reference_logprobs(
     path: Path, samples: Sequence[Sample], *, max_tokens: int, stop: Callable[[], bool] = lambda: False
 ) -> dict[str, Tensor]:
-    """Log-probabilities of all response tokens under the policy in `path`, which is loaded for it and freed again.
-
-    Every rank loads it whole. Raises `Stopped`.
-    """
-    device = runtime.device()
-    model = models.load_causal(path).eval().to(device)
-    ask = functools.partial(models.response_token_logprobs, model)
-    found = per_token(ask, samples, device=device, max_tokens=max_tokens, stop=stop)
-    del ask, model
-    runtime.free_memory()
-    return found
+    """What `Reference` says, once."""
+    return Reference(keep=False).logprobs(path, samples, max_tokens=max_tokens, stop=stop)

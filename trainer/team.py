@@ -20,7 +20,7 @@ from trainer import losses, ranks, runtime, samples
 from trainer.background import Background
 from trainer.config import TaskName, TrainerSettings
 from trainer.guards import Unfit
-from trainer.inference import reference_logprobs
+from trainer.inference import Reference
 from trainer.judge import Judged
 from trainer.learner import Learner, StepReport
 from trainer.losses.base import PerSample
@@ -36,6 +36,9 @@ class Team:
         self._settings, self._stop = settings, stop
         self._learner: Learner | None = None
         self._reference: PerSample = {}
+        # Where one rank has weights, gradients and the optimizer's state in fp32, it is a ninth more.
+        whole = ranks.count() == 1 and not settings.cpu_offload and not settings.lora_rank
+        self._asked = Reference(keep=whole)
         self._said_at = time.monotonic()
         self._alone = False
 
@@ -48,7 +51,7 @@ class Team:
         self._say("reference", path=str(path), wanted=wanted, known=known)
         budget = self._settings.micro_batch_tokens
         with self._stopping():
-            found = reference_logprobs(path, wanted, max_tokens=budget, stop=self._stop) if wanted else {}
+            found = self._asked.logprobs(path, wanted, max_tokens=budget, stop=self._stop) if wanted else {}
         self._reference = {id: torch.tensor(values) for id, values in (known or {}).items()} | found
         return self._reference
 
@@ -113,7 +116,8 @@ class Team:
         return self.learner.probe_score(tokens)
 
     def close(self) -> None:
-        """Frees the learner, where there is one."""
+        """Frees the learner, where there is one, and what it is compared with."""
+        self._asked.close()
         if self._learner is not None:
             self._say("close")
             learner, self._learner = self._learner, None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from thumbwheel import errors
 from thumbwheel.v1.rollout_pb2 import ModelRole
 from trainer import batch, losses, models
 from trainer.config import TrainerSettings
-from trainer.inference import reference_logprobs
+from trainer.inference import Reference, reference_logprobs
 from trainer.learner import Learner, StepReport
 from trainer.losses.base import PerSample
 from trainer.losses.mixture import Mixture
@@ -204,6 +206,29 @@ def test_the_reference_pass_equals_the_models_own_logprobs(policy_path: Path) ->
             for logprob in models.continuation_logprobs(model, sample.prompt, response)
         ]
         assert reference[sample.id].tolist() == pytest.approx(own, rel=0.1, abs=0.1)
+
+
+def test_a_reference_that_stays_in_memory_says_what_one_that_is_read_anew_says(
+    policy_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Path] = []
+    load = models.load_causal
+
+    def counted(path: Path) -> Any:
+        loaded.append(path)
+        return load(path)
+
+    monkeypatch.setattr(models, "load_causal", counted)
+    first, second = make_samples(5), make_samples(8)[5:]
+    other = shutil.copytree(policy_path, tmp_path / "other")
+    kept = Reference(keep=True)
+    for path, samples in ((policy_path, first), (policy_path, second), (other, second)):
+        found = kept.logprobs(path, samples, max_tokens=80)
+        expected = reference_logprobs(path, samples, max_tokens=80)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[id], expected[id]) for id in expected)
+    kept.close()
+    assert loaded == [policy_path, policy_path, policy_path, other, other], "kept: of the first two, one"
 
 
 def test_a_long_sample_recomputes_its_activations_and_learns_the_same(policy_path: Path) -> None:

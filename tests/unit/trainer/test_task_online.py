@@ -24,8 +24,9 @@ from thumbwheel.stream.memory import MemoryLog
 from thumbwheel.v1.events_pb2 import ComparisonState, GenerationEvent, ThumbEvent
 from thumbwheel.v1.preference_pb2 import ThumbValue
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest
-from trainer import inference, loop, metrics, publish, rollouts, team
+from trainer import loop, metrics, publish, rollouts
 from trainer.config import TrainerSettings
+from trainer.inference import Reference
 from trainer.samples import Sample
 from trainer.shared import Shared
 from trainer.task import Task
@@ -201,11 +202,13 @@ def test_demonstrations_and_replayed_samples_come_beside_the_new(
 ) -> None:
     asked: list[list[str]] = []
 
-    def counted(path: Path, wanted: Sequence[Sample], **given: Any) -> dict[str, Tensor]:
-        asked.append(sorted(sample.id[-1] for sample in wanted))
-        return inference.reference_logprobs(path, wanted, **given)
+    logprobs = Reference.logprobs
 
-    monkeypatch.setattr(team, "reference_logprobs", counted)
+    def counted(reference: Reference, path: Path, wanted: Sequence[Sample], **given: Any) -> dict[str, Tensor]:
+        asked.append(sorted(sample.id[-1] for sample in wanted))
+        return logprobs(reference, path, wanted, **given)
+
+    monkeypatch.setattr(Reference, "logprobs", counted)
     path = tmp_path / "sft.jsonl"
     path.write_text("".join(json.dumps({"prompt": "a", "completion": f"b{n}"}) + "\n" for n in range(5)))
     shared = make("dpo+0.1*sft", demonstrations=path, demonstrations_ratio=0.5, replay_ratio=0.5)

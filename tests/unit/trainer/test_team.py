@@ -13,6 +13,7 @@ from tests.unit.trainer.samples import make_samples
 from trainer import ranks, team
 from trainer.config import TrainerSettings
 from trainer.guards import Unfit
+from trainer.inference import Reference
 from trainer.team import Team
 
 
@@ -45,7 +46,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What rank 0 of two has said, as the others hear it."""
     heard: list[Any] = []
     monkeypatch.setattr(team, "Learner", FakeLearner)
-    monkeypatch.setattr(team, "reference_logprobs", lambda path, wanted, **_: {sample.id: 0 for sample in wanted})
+    monkeypatch.setattr(Reference, "logprobs", lambda _, path, wanted, **__: {sample.id: 0 for sample in wanted})
     monkeypatch.setattr(ranks, "count", lambda: 2)
     monkeypatch.setattr(ranks, "lead", lambda: True)
     monkeypatch.setattr(ranks, "from_lead", lambda message: heard.append(json.loads(json.dumps(message))))
