@@ -199,16 +199,24 @@ class KafkaLogProducer:
             )
 
     def _hand_over(self) -> bool:
-        """Gives queued records of topics that exist to the client. False where there was nothing to do, or no way."""
+        """Gives queued records of topics that exist to the client, unless one that it knows is not the same any more. False
+        where there was nothing to do, or no way.
+        """
         with self._changed:
             waiting = [topic for topic, queue in self._queues.items() if queue]
+            handed = bool(self._handed)
+        if waiting:
+            self._watch.follow(waiting)
+        elif not handed:
+            return False
+        there = self._watch.topics()
+        # A broker that lost its topics has forgotten the client's producer id too, of which the client may not hear for
+        # long, or wait for ever: also what it was given already is then for another one.
+        if any(there.get(name) != state for name, state in self._known.items()):
+            self._failure = "a topic is gone, was made anew, or has other partitions"
+            return True
         if not waiting:
             return False
-        self._watch.follow(waiting)
-        there = self._watch.topics()
-        if any(there.get(name, state) != state for name, state in self._known.items()):
-            self._failure = "a topic was made anew, or has other partitions"  # which the client may not know for long
-            return True
         ready = [topic for topic in waiting if topic in there]
         if not ready or not self._connect():
             self._last_error = f"no broker, or no topic {', '.join(waiting)}" if not ready else self._last_error

@@ -114,6 +114,27 @@ def test_a_republished_topic_is_made_anew_by_nobody_but_its_writer(broker: Embed
     log.close()
 
 
+@pytest.mark.parametrize("noticed", [True, False], ids=["noticed before", "noticed after"])
+def test_a_producer_of_before_a_loss_writes_to_a_topic_that_it_did_not_know(
+    broker: EmbeddedBroker, *, noticed: bool
+) -> None:
+    """The broker does not know its id, and kafka-python waits for ever for what became of the record."""
+    log = KafkaLog(broker.bootstrap_servers, refresh_interval=1.0)
+    log.ensure_topics([Topic("other"), Topic("again", republished=True)], SECONDS)
+    producer = log.producer()
+    producer.send("again", b"k", b"old").result(SECONDS)
+    broker.kill()
+    stranded = producer.send("again", b"k", b"late")
+    broker.start()
+    if noticed:
+        log.ensure_topics([Topic("other")], SECONDS)
+    assert producer.send("other", b"k", b"new").result(SECONDS).offset == 0
+    assert not stranded.done()
+    with pytest.raises(errors.DeadlineExceeded):
+        producer.close(0.0)
+    log.close()
+
+
 def test_a_duplicate_that_is_none_is_not_taken_for_success(log: KafkaLog) -> None:
     """A producer id that a broker has given away again: the sequence number is another record's."""
     producer = log.producer()
