@@ -199,8 +199,8 @@ class KafkaLogProducer:
             )
 
     def _hand_over(self) -> bool:
-        """Gives queued records of topics that exist to the client, unless one that it knows is not the same any more. False
-        where there was nothing to do, or no way.
+        """Gives queued records of topics that exist to the client, unless one that it knows is not the same any more.
+        False where there was nothing to do, or no way.
         """
         with self._changed:
             waiting = [topic for topic, queue in self._queues.items() if queue]
