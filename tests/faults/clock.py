@@ -1,7 +1,7 @@
 """A wall clock that jumps while a process runs.
 
-libfaketime also replaces how threads wait, and a collector below it hung now and then: this replaces what tells the time
-alone.
+libfaketime also replaces how threads wait, and a collector below it hung now and then: this replaces what tells the
+time alone.
 """
 
 from __future__ import annotations
