@@ -7,7 +7,7 @@ import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -184,6 +184,7 @@ def test_nothing_is_written_in_the_time_of_grace_until_the_next_round(policy_pat
     learner.model_saved.result(60.0)
     saved = load_file(tmp_path / "model" / "model.safetensors")
     assert all(torch.equal(expected[name], saved[name]) for name in expected)
+    assert not writing.idle
     assert list((tmp_path / "checkpoint").iterdir()) == []
     learner.learn(samples[8:], reference, round_number=2)  # it changes what is being saved, but not before it is read
     writing.wait()
@@ -211,14 +212,8 @@ def test_the_reference_pass_equals_the_models_own_logprobs(policy_path: Path) ->
 def test_a_reference_that_stays_in_memory_says_what_one_that_is_read_anew_says(
     policy_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded: list[Path] = []
-    load = models.load_causal
-
-    def counted(path: Path) -> Any:
-        loaded.append(path)
-        return load(path)
-
-    monkeypatch.setattr(models, "load_causal", counted)
+    load = Mock(wraps=models.load_causal)
+    monkeypatch.setattr(models, "load_causal", load)
     first, second = make_samples(5), make_samples(8)[5:]
     other = shutil.copytree(policy_path, tmp_path / "other")
     kept = Reference(keep=True)
@@ -228,6 +223,7 @@ def test_a_reference_that_stays_in_memory_says_what_one_that_is_read_anew_says(
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[id], expected[id]) for id in expected)
     kept.close()
+    loaded = [call.args[0] for call in load.call_args_list]
     assert loaded == [policy_path, policy_path, policy_path, other, other], "kept: of the first two, one"
 
 

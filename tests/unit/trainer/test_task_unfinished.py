@@ -21,9 +21,11 @@ from thumbwheel.stream import topics
 from thumbwheel.stream.memory import MemoryLog
 from thumbwheel.v1.events_pb2 import ComparisonState
 from trainer import loop, publish
+from trainer.background import Background
 from trainer.checkpoint import TrainingCheckpoints
 from trainer.shared import Shared
 from trainer.task import Task
+from trainer.team import Team
 
 __all__ = ["shared"]
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -189,3 +191,19 @@ def test_a_broker_that_is_away_keeps_no_checkpoint_from_being_finished(
     shared.log.start()
     task.close()  # waits for what is done in the background
     assert announced(shared)[-1] == "policy-000001"
+
+
+@pytest.mark.parametrize(("resident", "grace"), [(True, 3.0), (False, 0.0)])
+def test_servers_have_a_moment_for_the_version_where_no_other_task_waits_for_its_turn(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch, *, resident: bool, grace: float
+) -> None:
+    given: list[float] = []
+    save = Team.save
+
+    def noted(team: Team, folder: Path, model: Path, grace: float) -> Background:
+        given.append(grace)
+        return save(team, folder, model, grace)
+
+    monkeypatch.setattr(Team, "save", noted)
+    rounds(shared, 1, resident=resident)
+    assert given == [grace]
