@@ -9,6 +9,7 @@ collector's beside. Peers, one round each beside each round of ours, once all of
 
     ack_vs_bare_*       the inbox's rows of that very round, through the database's driver, in commits as large as the
                         collector's were on average; no gRPC, no checks, no lookups, no library above the driver
+    batched_vs_bare_*   the same, where clients send votes in batches of 64
     ack_vs_echo         a unary gRPC echo of the same messages, by the same clients
     ack_p99_vs_commit   at half of that round's rate, requests at random times; the peer is one vote's row a commit.
                         `echo_p99_vs_commit` is the same of the echo: what gRPC takes of it, with nothing made durable
@@ -32,7 +33,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,9 +53,14 @@ from tests.unit.services.collector.parts import Deployment
 from thumbwheel.stream import open_log, topics
 from thumbwheel.stream.broker import EmbeddedBroker
 from thumbwheel.stream.log import Topic
-from thumbwheel.v1.preference_pb2 import SubmitFeedbackRequest
+from thumbwheel.v1.preference_pb2 import Feedback, SubmitFeedbackBatchRequest, SubmitFeedbackRequest
 
 SUBMIT = "/thumbwheel.v1.PreferenceService/SubmitFeedback"
+SUBMIT_BATCH = "/thumbwheel.v1.PreferenceService/SubmitFeedbackBatch"
+BATCH = 64
+"""Votes of a batch."""
+BATCHED = 3
+"""Times as many votes where they come in batches, which go in faster."""
 CLIENTS = 64
 VOTES_A_PROMPT = 10
 _WORDS = "a plain answer of some length that says what there is to say and then stops for good "
@@ -121,15 +127,27 @@ class Service:
         self.until("SELECT count(*) FROM feedback", self.votes)
 
     def requests(self, count: int) -> Path:
-        """A file of votes, each by a user who has not judged that pair."""
-        made = []
-        for _ in range(count):
-            a, b = self.pool[self.votes % self.pairs]
-            vote = parts.comparison(a, b, key=f"key-{self.votes}", user=f"user-{self.votes}")
-            made.append(SubmitFeedbackRequest(feedback=vote).SerializeToString())
-            self.votes += 1
+        """A file of requests with a vote each."""
+        return self._written([SubmitFeedbackRequest(feedback=vote) for vote in self._cast(count)])
+
+    def batches(self, count: int) -> Path:
+        """A file of requests with so many votes in all."""
+        votes = self._cast(count)
+        return self._written(
+            [SubmitFeedbackBatchRequest(feedback=votes[at : at + BATCH]) for at in range(0, count, BATCH)]
+        )
+
+    def _cast(self, count: int) -> list[Feedback]:
+        """Votes, each by a user who has not judged that pair."""
+        first, self.votes = self.votes, self.votes + count
+        return [
+            parts.comparison(*self.pool[number % self.pairs], key=f"key-{number}", user=f"user-{number}")
+            for number in range(first, self.votes)
+        ]
+
+    def _written(self, requests: Sequence[SubmitFeedbackRequest | SubmitFeedbackBatchRequest]) -> Path:
         path = self.home / "requests"
-        write_requests(path, made)
+        write_requests(path, [request.SerializeToString() for request in requests])
         return path
 
     def commit_size(self) -> tuple[float, float]:
@@ -211,21 +229,30 @@ class Bench:
     def acknowledge(self) -> None:
         """The rate of acknowledgements, then the same rows without all that."""
         file = self.service.requests(self.count)
+        self.rate, rows = self._beside_bare("bare", SUBMIT, file)
+        self.ratios["curated"].add(self.written.curated(rows), self.rate)
+        if self.echo_address:
+            self.ratios["echo"].add(self.rate, send(self.echo_address, ECHO, file)[0])
+
+    def acknowledge_batches(self) -> None:
+        """The same, of votes that come in batches."""
+        self._beside_bare("batched", SUBMIT_BATCH, self.service.batches(self.count * BATCHED // BATCH * BATCH), BATCH)
+
+    def _beside_bare(self, ratio: str, method: str, file: Path, votes: int = 1) -> tuple[float, Rows]:
+        """The rate at which votes in a file, so many a request, are acknowledged, and their rows."""
         self.written.rows()  # what came since is not of this round
         writes, commits = self.service.commit_size()
-        self.rate, _ = send(self.service.process.address, SUBMIT, file)
+        requests, _ = send(self.service.process.address, method, file)
         writes_after, commits_after = self.service.commit_size()
         size = max(1, round((writes_after - writes) / (commits_after - commits)))
         self.service.until_recorded()
         rows = self.written.rows()
-        self.ratios["curated"].add(self.written.curated(rows), self.rate)
         work = list(groups(rows, size))
         began = time.perf_counter()
         for group in work:
             self.written.plain.commit(group)
-        self.ratios["bare"].add(self.rate, len(rows) / (time.perf_counter() - began))
-        if self.echo_address:
-            self.ratios["echo"].add(self.rate, send(self.echo_address, ECHO, file)[0])
+        self.ratios[ratio].add(requests * votes, len(rows) / (time.perf_counter() - began))
+        return requests * votes, rows
 
     def respond(self) -> None:
         """The latency at half of the rate, then that of a commit of one vote."""
@@ -315,6 +342,7 @@ def measure(database: str, count: int, runs: int) -> list[Ratio]:
     """All ratios on SQLite; on PostgreSQL those in which it differs."""
     ratios = {
         "bare": Ratio(f"ack_vs_bare_{database}", "acks/s", Target(least=0.5)),
+        "batched": Ratio(f"batched_vs_bare_{database}", "acks/s", Target(least=0.5)),
         "echo": Ratio("ack_vs_echo", "acks/s", Target(least=0.6)),
         "latency": Ratio("ack_p99_vs_commit", "ms", Target(most=3.0)),
         "echo_latency": Ratio("echo_p99_vs_commit", "ms"),
@@ -322,11 +350,11 @@ def measure(database: str, count: int, runs: int) -> list[Ratio]:
         "relaying": Ratio("ack_while_relaying", "acks/s"),
         "relay": Ratio("relay_vs_bare", "events/s", Target(least=0.9)),
     }
-    # In a round they are cast by three steps on SQLite, by one on PostgreSQL; and once before all.
-    votes = count * (1 + runs * (3 if database == "sqlite" else 1))
+    # In a round they are cast by three steps on SQLite, by one on PostgreSQL, and in batches; and once before all.
+    votes = count * (1 + runs * (BATCHED + (3 if database == "sqlite" else 1)))
     with running(database, pairs=max(1, votes // VOTES_A_PROMPT)) as service, echoing() as echo:
         bench = Bench(service, Written(service), count, ratios, echo if database == "sqlite" else "")
-        steps = {"acknowledge": bench.acknowledge}
+        steps = {"acknowledge": bench.acknowledge, "acknowledge batches": bench.acknowledge_batches}
         if database == "sqlite":
             steps |= {"respond": bench.respond, "publish": bench.publish}
         bench.acknowledge()  # caches, and SQLAlchemy's statements

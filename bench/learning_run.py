@@ -16,6 +16,8 @@ from trainer import runtime
 TOKENS = 80
 CANDIDATES = 4
 HELD_OUT = 32
+BATCH = 4
+"""Pairs or groups an optimizer step of an online run, as a round brings a dozen of them."""
 RATE = 5e-5
 
 
@@ -95,7 +97,7 @@ def online(world: World, name: str, rounds: int, prompts: int) -> dict[str, Any]
     from trainer.samples import Demonstration
 
     text, given = ONLINE[name]
-    chosen = settings(seed=world.seed, **given)
+    chosen = settings(seed=world.seed, batch_size=BATCH, **given)
     objective = losses.objective(text, ModelRole.MODEL_ROLE_POLICY, chosen)
     learner = Learner(objective, world.base, chosen, learning_rate=RATE)
     start = [world.text(response) for response in world.answers(world.base, world.held_out, 1)]
@@ -209,16 +211,22 @@ def offline(world: World, name: str, side: str, count: int, output: Path) -> dic
 
 
 def _pairs(world: World, count: int, output: Path) -> list[Any]:
-    """Pairs that users chose among answers of the base model: `count` to learn from and as many held out."""
+    """Pairs that users chose among answers of the base model to all prompts: `count` to learn from, the rest held out.
+
+    To about half of the prompts there is none: all of the answers break off.
+    """
     from trainer import samples
     from trainer.feed import pair_of
 
-    path = output / f"pairs-{count}-{world.seed}.jsonl"
+    path = output / f"pairs-{world.seed}.jsonl"
     if not path.exists():
-        groups = _groups(world, world.base, 1, 5 * count // 2)
-        pairs = [pair for group in groups if (pair := pair_of(group)) is not None][: 2 * count]
+        groups = _groups(world, world.base, 1, len(world.train))
+        pairs = [pair for group in groups if (pair := pair_of(group)) is not None]
         path.write_text("".join(json.dumps(samples.to_fields(pair)) + "\n" for pair in pairs))
-    return [samples.from_fields(json.loads(line)) for line in path.read_text().splitlines()]
+    found = [samples.from_fields(json.loads(line)) for line in path.read_text().splitlines()]
+    if len(found) < 2 * count:
+        raise SystemExit(f"bench: there are {len(found)} pairs in all; take --pairs {len(found) // 2} or fewer")
+    return found
 
 
 def thumbs(pairs: Sequence[Any]) -> list[Any]:

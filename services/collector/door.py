@@ -22,9 +22,10 @@ from typing import Any, NamedTuple, TypeVar
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from services.collector import inbox, metrics
-from services.collector.acknowledge import Acknowledged, Incoming, acknowledge
+from services.collector.acknowledge import Acknowledged, Incoming, Result, acknowledge
 from services.collector.database import Database
 from services.collector.faults import require_open, require_room, too_long
+from thumbwheel import errors
 
 T = TypeVar("T")
 
@@ -94,6 +95,34 @@ class Door:
         future: asyncio.Future[Acknowledged] = self._loop.create_future()
         return await self._wait(_Admission(incoming, future, time.perf_counter()), future)
 
+    async def admit_all(self, incoming: Sequence[Incoming]) -> list[Result]:
+        """As `admit`, of many: returns of each what it came to, or what `admit` would have raised, in their order. They
+        share commits, and the deadline.
+        """
+        futures: list[asyncio.Future[Acknowledged]] = []
+        for one in incoming:
+            future: asyncio.Future[Acknowledged] = self._loop.create_future()
+            futures.append(future)
+            try:
+                require_open(closed=self._closed)
+                require_room(len(self._waiting), self._max_pending, "submissions")
+            except errors.ThumbwheelError as error:
+                future.set_exception(error)
+            else:
+                self._waiting.append(_Admission(one, future, time.perf_counter()))
+        self._gather()
+        deadline = self._loop.call_later(self._timeout, self._expire, *futures)
+        try:
+            results = await asyncio.gather(*futures, return_exceptions=True)
+        finally:
+            deadline.cancel()
+        found: list[Result] = []
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, errors.ThumbwheelError):
+                raise result
+            found.append(result)
+        return found
+
     async def drop(self, ids: Sequence[str]) -> None:
         """Takes feedback out of the inbox that is recorded. Raises as `admit` does, but never that too many wait."""
         require_open(closed=self._closed)
@@ -119,9 +148,10 @@ class Door:
         await asyncio.to_thread(self._thread.join)
         self._opened.close()
 
-    def _expire(self, future: asyncio.Future[Any]) -> None:
-        if not future.done():
-            future.set_exception(too_long(self._timeout))
+    def _expire(self, *futures: asyncio.Future[Any]) -> None:
+        for future in futures:
+            if not future.done():
+                future.set_exception(too_long(self._timeout))
 
     def _gather(self) -> None:
         if not self._gathering and not self._committing:

@@ -78,6 +78,11 @@ def told(changed: Iterable[Told]) -> None:
         FEEDBACK.labels(kind, state).inc(count)
 
 
+def refused(error: Exception) -> None:
+    """Counts a call, or a piece of feedback, that was refused."""
+    REFUSED.labels(type(error).__name__).inc()
+
+
 def said(feedback: Feedback) -> None:
     """Counts what a user said for the first time, where that is a verdict on whole responses."""
     match feedback.WhichOneof("kind"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 
 from services.collector import guide, inbox, ledger, listing, metrics, outbox
-from services.collector.acknowledge import Incoming
+from services.collector.acknowledge import Acknowledged, Incoming
 from services.collector.asking import Asking
 from services.collector.clerk import Clerk, Process
 from services.collector.config import CollectorSettings
@@ -30,7 +30,7 @@ from services.collector.rights.eraser import Eraser
 from services.collector.rights.redaction import Redaction
 from services.collector.rights.spools import Spools
 from services.collector.rights.tenants import Tenants
-from services.collector.submission import Checker, check_id
+from services.collector.submission import Checker, Submission, check_id
 from services.collector.taking import Order
 from thumbwheel import errors, serving, tracing
 from thumbwheel.access import Security
@@ -72,8 +72,8 @@ MAX_FEEDBACK_IDS = 1_000
 MAX_BATCH = 1_000
 MAX_STREAM = 10_000
 RETRY_SECONDS = 1.0
-STREAM_AT_ONCE = 128
-"""Pieces of a stream that wait for the database together."""
+AT_ONCE = 128
+"""Pieces of a batch or a stream that wait for the database together."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -140,7 +140,7 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
                         remedy="Open another stream, and send all of it there with the same keys.",
                     )
             waiting.append(request.feedback)
-            if len(waiting) >= STREAM_AT_ONCE:
+            if len(waiting) >= AT_ONCE:
                 results += await self._each(waiting, tenant, traceparent)
                 waiting = []
         results += await self._each(waiting, tenant, traceparent)
@@ -217,6 +217,37 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
         with _counted():
             submission = self._checker.check(feedback, tenant=tenant)
             acknowledged = await self._door.admit(Incoming(submission, traceparent))
+        return self._answer(feedback, acknowledged)
+
+    async def _each(self, feedback: Sequence[Feedback], tenant: str, traceparent: str) -> list[FeedbackResult]:
+        """What became of each. They are written in their order, some at a time, which share commits."""
+        found: list[FeedbackResult] = []
+        for start in range(0, len(feedback), AT_ONCE):
+            found += await self._some(feedback[start : start + AT_ONCE], tenant, traceparent)
+        return found
+
+    async def _some(self, feedback: Sequence[Feedback], tenant: str, traceparent: str) -> list[FeedbackResult]:
+        checked = [self._checked(piece, tenant) for piece in feedback]
+        incoming = [Incoming(one, traceparent) for one in checked if isinstance(one, Submission)]
+        admitted = iter(await self._door.admit_all(incoming))
+        found: list[FeedbackResult] = []
+        for piece, one in zip(feedback, checked, strict=True):
+            result = next(admitted) if isinstance(one, Submission) else one
+            if isinstance(result, errors.ThumbwheelError):
+                metrics.refused(result)
+                found.append(FeedbackResult(refused=refusal(result)))
+            else:
+                found.append(FeedbackResult(recorded=self._answer(piece, result)))
+        return found
+
+    def _checked(self, feedback: Feedback, tenant: str) -> Submission | errors.ThumbwheelError:
+        try:
+            return self._checker.check(feedback, tenant=tenant)
+        except errors.ThumbwheelError as error:
+            return error
+
+    def _answer(self, feedback: Feedback, acknowledged: Acknowledged) -> SubmitFeedbackResponse:
+        """Sees to what follows from an acknowledgement."""
         if acknowledged.changed:
             metrics.said(feedback)
             self._clerk.wake()
@@ -225,17 +256,6 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
         response = SubmitFeedbackResponse(feedback_id=acknowledged.feedback_id, duplicate=not acknowledged.changed)
         response.received_at.FromMicroseconds(acknowledged.received_at)
         return response
-
-    async def _each(self, feedback: Iterable[Feedback], tenant: str, traceparent: str) -> list[FeedbackResult]:
-        """What became of each. They are written in their order, and share commits."""
-
-        async def one(piece: Feedback) -> FeedbackResult:
-            try:
-                return FeedbackResult(recorded=await self._submit(piece, tenant, traceparent))
-            except errors.ThumbwheelError as error:
-                return FeedbackResult(refused=refusal(error))
-
-        return await asyncio.gather(*(one(piece) for piece in feedback))
 
 
 def refusal(error: errors.ThumbwheelError) -> FeedbackRefusal:
@@ -255,7 +275,7 @@ def _counted() -> Iterator[None]:
     try:
         yield
     except errors.ThumbwheelError as error:
-        metrics.REFUSED.labels(type(error).__name__).inc()
+        metrics.refused(error)
         raise
 
 

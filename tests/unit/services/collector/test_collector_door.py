@@ -203,6 +203,56 @@ async def test_a_submission_has_a_deadline(
     assert in_file(settings) == ["1"], "what was given up before its turn is not taken in"
 
 
+async def test_each_of_many_comes_to_its_own(
+    door: Door, deployment: Deployment, settings: CollectorSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, checker, event = Held(monkeypatch), Checker(deployment.key, 1_000), deployment.generation()
+
+    def incoming(text: str, key: str) -> Incoming:
+        return Incoming(checker.check(parts.comment(event, text, key=key), tenant="default"))
+
+    many = [incoming(str(i), str(i)) for i in range(6)]
+    mine = asyncio.create_task(door.admit_all([*many, incoming("0", "0"), incoming("other", "0"), *many]))
+    await held.first()
+    held.release.set()
+    results = await mine
+    ids = [one.feedback_id for one in results[:6] if isinstance(one, Acknowledged)]
+    assert len(ids) == 6
+    assert ids == sorted(ids)
+    assert isinstance(results[0], Acknowledged)
+    assert results[6] == results[0]._replace(changed=False), "the same again"
+    assert isinstance(results[7], errors.Conflict), "its key was used with other content"
+    assert [type(one) for one in results[8:]] == [errors.ResourceExhausted] * 6, "no more than eight may wait"
+    assert in_file(settings) == [str(i) for i in range(6)]
+    assert held.groups == [8]
+
+
+async def test_many_share_a_deadline(
+    database: Database, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, door = Held(monkeypatch), Door(database, timeout=0.05)
+    checker, event = Checker(deployment.key, 1_000), deployment.generation()
+    pieces = [parts.comment(event, str(i), key=str(i)) for i in range(3)]
+    results = await door.admit_all([Incoming(checker.check(piece, tenant="default")) for piece in pieces])
+    assert [type(one) for one in results] == [errors.DeadlineExceeded] * 3
+    held.release.set()
+    await door.close()
+    refused = await door.admit_all([Incoming(checker.check(pieces[0], tenant="default"))])
+    assert [type(one) for one in refused] == [errors.Unavailable]
+
+
+async def test_a_fault_that_is_no_refusal_fails_all_of_a_call(
+    door: Door, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(connection: Connection, incoming: Sequence[Incoming]) -> list[acknowledging.Result]:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(doors, "acknowledge", broken)
+    comment = parts.comment(deployment.generation(), "x")
+    with pytest.raises(ZeroDivisionError):
+        await door.admit_all([Incoming(Checker(deployment.key, 1_000).check(comment, tenant="default"))])
+
+
 async def test_a_key_taken_meanwhile_is_seen_the_second_time(
     admit: Admit, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
