@@ -2,10 +2,10 @@
 
     admit ──▶ gather ──▶ one thread: BEGIN · acknowledge the group · COMMIT ──▶ futures
 
-A group is what has come while the one before was committed, and what the event loop brings in its next rounds: it is
-handed over once a round has brought nothing more. For a commit of few takes the interpreter, which the event loop needs
-as well, for almost as long as one of many. The thread writes to the inbox alone, which in SQLite is a file of its own,
-so it waits for no other writer.
+A group is what has come while the one before was committed, and what comes then, until it is as large as most of what
+was in flight at that commit's end: callers who were answered come again soon, and a commit of few takes the
+interpreter, which the event loop needs as well, for almost as long as one of many. Whoever comes alone does not wait.
+The thread writes to the inbox alone, which in SQLite is a file of its own, so it waits for no other writer.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from thumbwheel import errors
 T = TypeVar("T")
 
 MAX_GROUP = 128
-GATHER_SECONDS = 0.005
-"""Longest that a group is gathered, where each round of the event loop brings more."""
+GATHER_SECONDS = 0.01
+"""Longest that a group is gathered; and after a commit, how long callers are expected again."""
+EXPECTED = 0.8
+"""Share of those in flight at a commit's end that the next one waits for."""
 
 
 class _Admission(NamedTuple):
@@ -78,7 +80,9 @@ class Door:
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[_Admission | _Drop] = deque()
-        self._gathering = self._committing = self._closed = False
+        self._coming = self._committing = self._closed = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._expected, self._told_at = 1, 0.0
         self._groups: queue.SimpleQueue[_Group | None] = queue.SimpleQueue()
         self._opened = contextlib.ExitStack()
         self._connection = self._opened.enter_context(database.door())
@@ -154,18 +158,25 @@ class Door:
                 future.set_exception(too_long(self._timeout))
 
     def _gather(self) -> None:
-        if not self._gathering and not self._committing:
-            self._gathering = True
-            self._loop.call_soon(self._gathered, 0, time.perf_counter() + GATHER_SECONDS)
-
-    def _gathered(self, before: int, deadline: float) -> None:
-        """After a round of the event loop, before which so many waited."""
-        count = len(self._waiting)
-        if before < count < MAX_GROUP and time.perf_counter() < deadline:
-            self._loop.call_soon(self._gathered, count, deadline)
+        """Has what waits handed over: after this round of the event loop where enough has come, else in a while."""
+        if self._committing or self._coming:
             return
-        self._gathering = False
-        if self._waiting:  # else they were handed over at the end
+        if len(self._waiting) >= self._enough():
+            self._coming = True
+            self._loop.call_soon(self._gathered)
+        elif self._timer is None:
+            self._timer = self._loop.call_later(GATHER_SECONDS, self._gathered)
+
+    def _enough(self) -> int:
+        """How many are worth a commit."""
+        return self._expected if time.perf_counter() - self._told_at < GATHER_SECONDS else 1
+
+    def _gathered(self) -> None:
+        self._coming = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiting and not self._committing:  # else they were handed over at the end
             self._hand_over()
 
     def _hand_over(self) -> None:
@@ -212,6 +223,8 @@ class Door:
     def _tell(self, outcomes: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
         """Resolves the futures of a group, and goes on to the next."""
         self._committing = False
+        self._expected = min(MAX_GROUP, int(EXPECTED * (len(outcomes) + len(self._waiting))))
+        self._told_at = time.perf_counter()
         if self._waiting:
             self._gather()
         for future, result in outcomes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -108,23 +109,35 @@ async def test_what_comes_during_a_commit_shares_the_next(
     assert ids == sorted(ids)
 
 
-@pytest.mark.parametrize(("seconds", "groups"), [(60.0, [8]), (0.0, [1, 7])], ids=["for long", "not at all"])
-async def test_a_group_is_gathered_while_each_round_brings_more(
-    admit: Admit, deployment: Deployment, monkeypatch: pytest.MonkeyPatch, seconds: float, groups: list[int]
+@pytest.mark.parametrize(("seconds", "coming", "groups"), [(60.0, 3, [1, 4, 3]), (0.02, 2, [1, 4, 2])])
+async def test_most_of_those_that_were_in_flight_are_waited_for(
+    admit: Admit,
+    deployment: Deployment,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    coming: int,
+    groups: list[int],
 ) -> None:
-    held = Held(monkeypatch)
+    held, event = Held(monkeypatch), deployment.generation()
     monkeypatch.setattr(doors, "GATHER_SECONDS", seconds)
-    event = deployment.generation()
 
-    async def later(number: int) -> Acknowledged:
-        for _ in range(number):
-            await asyncio.sleep(0)  # a round of the event loop
-        return await admit(parts.comment(event, str(number), key=str(number)))
+    def come(count: int) -> list[asyncio.Task[Acknowledged]]:
+        numbers = [next(number) for _ in range(count)]
+        return [admit(parts.comment(event, str(each), key=str(each))) for each in numbers]
 
-    coming = asyncio.gather(*(later(number) for number in range(8)))
+    number = itertools.count()
+    first = come(1)
     await held.first()
+    during = come(4)
+    await asyncio.sleep(0)
     held.release.set()
-    assert len(await coming) == 8
+    await asyncio.gather(*first, *during)
+    assert held.groups == [1, 4], "who comes alone does not wait"
+    after = come(1)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert held.groups == [1, 4], "of four, three are expected again"
+    await asyncio.gather(*after, *come(coming - 1))
     assert held.groups == groups
 
 
