@@ -128,7 +128,7 @@ def checkpoints(commands: Commands) -> None:
     settings = _settings("dpo")
     mixture = losses.objective("dpo", ModelRole.MODEL_ROLE_POLICY, settings)
     learner = Learner(mixture, commands.model, settings, learning_rate=RATE)
-    captured = learner._captured = _Timed()
+    captured = learner.saver.captured = _Timed()
     captured.set()
     for number, samples in enumerate(commands.rounds(), 1):
         reference = reference_logprobs(commands.model, samples, max_tokens=settings.micro_batch_tokens)
@@ -147,7 +147,7 @@ def checkpoints(commands: Commands) -> None:
             learner.save(Path(folder))
             called = time.perf_counter() - began
             learn(2 * number + 1)
-            learner.wait_saved()
+            learner.saver.wait()
         commands.done(stall=called + captured.waited, step=took[0], saving_step=took[1])
     learner.close()
 

@@ -9,7 +9,6 @@ ranks, all make one, and call its methods with the same arguments in the same or
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,12 +32,11 @@ from trainer.judge import Judged
 from trainer.losses.base import PerSample, Prepared, Round, units
 from trainer.losses.mixture import Mixture, Term
 from trainer.samples import Pair, Sample
+from trainer.saving import Saver
 
 _RANDOM = "random"
 _EXPLODED = 1e6
 """A loss or a gradient beyond this is as bad as one that is no number: what comes of it is no model any more."""
-_WRITE_SECONDS = 1800.0
-"""How long all ranks together may take to write a training checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +87,7 @@ class Learner:
         self._engine = Engine(self._model, self._groups, settings)
         if settings.lora_rank and self._engine.stage == 3:
             raise errors.FailedPrecondition("LoRA learns at ZeRO stages 0 to 2.", remedy="Lower --zero-stage.")
-        self._writing = Background("checkpoint-writer")
-        self._captured = threading.Event()
-        self._captured.set()
-        self._hurry = threading.Event()
+        self.saver = Saver()
 
     def learn(
         self,
@@ -110,7 +105,7 @@ class Learner:
         first loss or gradient that is not finite, or exploded, and `Stopped` as soon as `stop` says so; the learner is
         of no use after either of these two.
         """
-        self.hurry()  # the first step is going to wait for it
+        self.saver.hurry()  # the first step is going to wait for it
         settings, started = self._settings, time.perf_counter()
         samples = [sample for sample in samples if self._objective.learns_from(sample)]
         if not samples:
@@ -187,7 +182,7 @@ class Learner:
                     total += term.weight * loss
                     measured |= self._named(term, {"loss": loss, **measures})
         # What is being saved is read out of the memory that the optimizer is about to change.
-        self._captured.wait()
+        self.saver.captured.wait()
         computed = time.perf_counter()
         grad_norm = self._engine.step(self._learning_rates((number - 1) / count))
         self._require_finite("gradient norm", grad_norm)
@@ -272,57 +267,30 @@ class Learner:
     def save(self, folder: Path, model: Path | None = None, *, grace: float = 0.0) -> Background:
         """Writes master weights, optimizer, random state and the objectives' states into `folder`, and the model, as
         `write_model` does, into `model`, a policy's LoRA by itself below it too, in the background; wait for the end of
-        what it returns; the model is there sooner, when `model_saved` is done, and for `grace` seconds after that
+        what it returns; the model is there sooner, when `saver.model_saved` is done, and for `grace` seconds after that
         nothing is written, unless somebody is in a hurry. Meanwhile the learner may learn: its next step of the
         optimizer waits until all is read out of memory.
         """
-        rank, files = ranks.rank(), 1 if self._engine.stage == 0 else ranks.count()
-        self.wait_saved()
         together = self._engine.stage == 3  # then all ranks have to take part, here and now
+        self.saver.wait()
         if model is not None and together:
             self.write_model(model)
-        fragments, random_state = self._engine.fragments(), torch.get_rng_state().clone()
+
+        def write_model() -> None:
+            if model is not None and ranks.lead() and not together:
+                self._write_whole(model)
+                if self._settings.lora_rank and self._objective.role == ModelRole.MODEL_ROLE_POLICY:
+                    (model / lora.FOLDER).mkdir()
+                    lora.write_adapter(self._model, model / lora.FOLDER)
+
         index = {
-            "files": files,
+            "files": 1 if self._engine.stage == 0 else ranks.count(),
             "shapes": self._shapes,
             "optimizer_steps": self._engine.optimizer_steps,
             "objectives": self._states,
         }
-        self._captured.clear()
-        self._hurry.clear()
-
-        def write_weights() -> None:
-            try:
-                if model is not None and rank == 0 and not together:
-                    self._write_whole(model)
-                    if self._settings.lora_rank and self._objective.role == ModelRole.MODEL_ROLE_POLICY:
-                        (model / lora.FOLDER).mkdir()
-                        lora.write_adapter(self._model, model / lora.FOLDER)
-            except BaseException:
-                self._captured.set()
-                raise
-
-        def write() -> None:
-            self._hurry.wait(grace)
-            if rank < files:
-                shards.write(folder / shards.file_name(rank), fragments, {_RANDOM: random_state}, self._captured.set)
-            self._captured.set()
-            if rank == 0:
-                shards.write_index(folder, index)
-                shards.await_all(folder, files, _WRITE_SECONDS)
-
-        self.model_saved = self._writing.submit(write_weights)
-        self._writing.submit(write)
-        return self._writing
-
-    def wait_saved(self) -> None:
-        """Waits until what was saved is written. Raises what kept it from that."""
-        self.hurry()
-        self._writing.wait()
-
-    def hurry(self) -> None:
-        """Ends the time of grace of what is being saved."""
-        self._hurry.set()
+        more = {_RANDOM: torch.get_rng_state().clone()}
+        return self.saver.save(folder, self._engine.fragments(), more, index, write_model, grace)
 
     def restore(self, folder: Path) -> None:
         """Takes on the weights, optimizer and random state saved in `folder` by any number of ranks, at any stage, bit
@@ -341,9 +309,8 @@ class Learner:
 
     def close(self) -> None:
         """Frees everything, when all that is being saved is written."""
-        self.hurry()
         try:
-            self._writing.close()
+            self.saver.close()
         finally:
             self._engine.close()
             self._model = None

@@ -309,7 +309,7 @@ class Task:
             with metrics.phase(self.name, "write"):
                 self._checkpoints.finish(state.round, staging, writing.wait)
 
-        self._making = _Making(staging, self._shared.team.learner.model_saved, finish)
+        self._making = _Making(staging, self._shared.team.learner.saver.model_saved, finish)
         self._folder = self._checkpoints.target(state.round)
         self._state, self._retracted, self._learnt, self._published = state, [], samples, ""
         metrics.ROUNDS.labels(self.name).inc()

@@ -101,9 +101,9 @@ class Team:
         return self.learner.save(folder, model, grace=grace)
 
     def hurry(self) -> None:
-        """See `Learner.hurry`; on this rank: the others end theirs by themselves."""
+        """See `saving.Saver.hurry`; on this rank: the others end theirs by themselves."""
         if self._learner is not None:
-            self._learner.hurry()
+            self._learner.saver.hurry()
 
     def probe(self, prompt: Sequence[int], continuation: Sequence[int]) -> list[float]:
         """See `Learner.probe`."""

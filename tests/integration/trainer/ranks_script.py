@@ -50,7 +50,7 @@ def run(model: Path, folder: Path, stage: int, checkpoint: Path | None) -> None:
         # Written while the next round is learnt.
         straight.save(made / "checkpoint")
         round_(2, straight)
-        straight.wait_saved()
+        straight.saver.wait()
         ranks.gather(None)
         straight.write_model(made / "straight")
         straight.close()

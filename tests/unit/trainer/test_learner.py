@@ -181,7 +181,7 @@ def test_nothing_is_written_in_the_time_of_grace_until_the_next_round(policy_pat
     expected = weights(learner, tmp_path / "expected")
     (tmp_path / "checkpoint").mkdir()
     writing = learner.save(tmp_path / "checkpoint", tmp_path / "model", grace=60.0)
-    learner.model_saved.result(60.0)
+    learner.saver.model_saved.result(60.0)
     saved = load_file(tmp_path / "model" / "model.safetensors")
     assert all(torch.equal(expected[name], saved[name]) for name in expected)
     assert not writing.idle
