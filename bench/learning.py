@@ -9,8 +9,9 @@ Two kinds of runs, on SmolLM2-135M-Instruct and the simulated users of the demo 
 
 Online runs are of the learner and the objectives that the live trainer has; responses are drawn in the process, since
 two engines beside it leave no room on two cores. Each run is a process, and leaves a JSON file in `--output`; one that
-is there is not run again. `--only dpo,ppo` chooses; `--rounds` and the like make it longer. At the end a picture and a
-line of JSON are made of all the runs that are there.
+is there is not run again. `--only dpo,ppo` chooses; `--rounds` and the like make it longer. One ends before its last
+round where a version is further from the start than `MAX_KL`; as with the live trainer's guard, the one before it counts.
+At the end a picture and a line of JSON are made of all the runs that are there.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from bench.harness import progress
 
 KL_WEIGHT = 0.05
 """Of the KL to the reference, where an objective has it."""
+
+MAX_KL = 10.0
+"""Nats a response from the start at which an online run ends: the live trainer's `--max-kl` keeps such a version back."""
 
 ONLINE = {
     "dpo": ("dpo", {}),
@@ -101,7 +105,7 @@ def report(folder: Path) -> None:
     print(f"\n{'online':<22}{'win rate':>18}{'KL':>8}{'reward':>16}{'tokens':>14}{'instruction loss':>22}")
     for name in ONLINE:
         if run := runs.get(f"online_{name}"):
-            first, last = run["rounds"][0], run["rounds"][-1]
+            first, last = run["rounds"][0], [one for one in run["rounds"] if one["kl"] <= MAX_KL][-1]
             ratios[f"{name}_win_rate_gain_points"] = round(100 * (last["win_rate"] - first["win_rate"]), 1)
             ratios[f"{name}_kl_nats"] = round(last["kl"], 2)
             ratios[f"{name}_instruction_loss_ratio"] = round(last["instruction_loss"] / first["instruction_loss"], 4)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.learning import KL_WEIGHT, ONLINE, mean
+from bench.learning import KL_WEIGHT, MAX_KL, ONLINE, mean
 from trainer import runtime
 
 TOKENS = 80
@@ -124,6 +124,8 @@ def online(world: World, name: str, rounds: int, prompts: int) -> dict[str, Any]
             world.tokenizer.save_pretrained(folder)
             found.append(_measured(world, folder, start, held_out))
             print(json.dumps({"round": number, **found[-1]}), flush=True)
+            if found[-1]["kl"] > MAX_KL:
+                break
     learner.close()
     return {"objective": text, "learning_rate": RATE, "rounds": found}
 
