@@ -10,7 +10,7 @@ Two kinds of runs, on SmolLM2-135M-Instruct and the simulated users of the demo 
 Online runs are of the learner and the objectives that the live trainer has; responses are drawn in the process, since
 two engines beside it leave no room on two cores. Each run is a process, and leaves a JSON file in `--output`; one that
 is there is not run again. `--only dpo,ppo` chooses; `--rounds` and the like make it longer. One ends before its last
-round where a version is further from the start than `MAX_KL`; as with the live trainer's guard, the one before it counts.
+round where a version is further from the start than `MAX_KL`; as with the live trainer's guard, the one before counts.
 At the end a picture and a line of JSON are made of all the runs that are there.
 """
 
@@ -32,7 +32,7 @@ KL_WEIGHT = 0.05
 """Of the KL to the reference, where an objective has it."""
 
 MAX_KL = 10.0
-"""Nats a response from the start at which an online run ends: the live trainer's `--max-kl` keeps such a version back."""
+"""Nats a response from the start, beyond which a run ends: the live trainer's `--max-kl` keeps such a version back."""
 
 ONLINE = {
     "dpo": ("dpo", {}),
