@@ -88,25 +88,19 @@ def logprob_sums(folder: Path, samples: Sequence[Any]) -> list[list[float]]:
     ]
 
 
-def online(world: World, name: str, rounds: int, prompts: int) -> dict[str, Any]:
+def online(world: World, name: str, rounds: int, prompts: int, output: Path) -> dict[str, Any]:
     """Round after round, as the live trainer does it."""
     from thumbwheel.v1.rollout_pb2 import ModelRole
     from trainer import losses
     from trainer.inference import reference_logprobs
     from trainer.learner import Learner
-    from trainer.samples import Demonstration
 
     text, given = ONLINE[name]
     chosen = settings(seed=world.seed, batch_size=BATCH, **given)
     objective = losses.objective(text, ModelRole.MODEL_ROLE_POLICY, chosen)
     learner = Learner(objective, world.base, chosen, learning_rate=RATE)
     start = [world.text(response) for response in world.answers(world.base, world.held_out, 1)]
-    shown = world.train[-2 * HELD_OUT :]
-    demonstrations = [
-        Demonstration(id=f"shown-{number}", prompt=world.encode(prompt), response=response)
-        for number, (prompt, response) in enumerate(zip(shown, world.answers(world.base, shown, 2), strict=True))
-    ]
-    mixed, held_out = demonstrations[:HELD_OUT], demonstrations[HELD_OUT:]
+    mixed, held_out = _demonstrations(world, output)
     found: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(rounds + 1):
@@ -128,6 +122,26 @@ def online(world: World, name: str, rounds: int, prompts: int) -> dict[str, Any]
                 break
     learner.close()
     return {"objective": text, "learning_rate": RATE, "rounds": found}
+
+
+def _demonstrations(world: World, output: Path) -> tuple[list[Any], list[Any]]:
+    """Whole answers of the base model, which is not to forget how it gave them: to mix in, and of other prompts held out."""
+    from trainer import samples
+    from trainer.samples import Demonstration
+
+    path = output / f"demonstrations-{world.seed}.jsonl"
+    if not path.exists():
+        prompts = [prompt for prompt in world.train[-2 * HELD_OUT :] for _ in range(CANDIDATES)]
+        answers = enumerate(zip(prompts, world.answers(world.base, prompts, 2), strict=True))
+        found = [
+            Demonstration(id=f"shown-{number:03d}", prompt=world.encode(prompt), response=response)
+            for number, (prompt, response) in answers
+            if response[-1] == world.eos
+        ]
+        path.write_text("".join(json.dumps(samples.to_fields(one)) + "\n" for one in found))
+    whole = [samples.from_fields(json.loads(line)) for line in path.read_text().splitlines()]
+    first = {world.encode(prompt) for prompt in world.train[-2 * HELD_OUT : -HELD_OUT]}
+    return [one for one in whole if one.prompt in first], [one for one in whole if one.prompt not in first]
 
 
 def _groups(world: World, folder: Path, number: int, count: int) -> list[Any]:
@@ -284,7 +298,7 @@ def main() -> None:
     kind, _, name = options.job.partition("_")
     found: Mapping[str, Any]
     if kind == "online":
-        found = online(world, name, options.rounds, options.prompts)
+        found = online(world, name, options.rounds, options.prompts, options.output)
     else:
         name, _, side = name.rpartition("_")
         found = offline(world, name, side, options.pairs, options.output)
