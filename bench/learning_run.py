@@ -125,7 +125,7 @@ def online(world: World, name: str, rounds: int, prompts: int, output: Path) -> 
 
 
 def _demonstrations(world: World, output: Path) -> tuple[list[Any], list[Any]]:
-    """Whole answers of the base model, which is not to forget them: some to mix in, and those to other prompts held out."""
+    """Whole answers of the base model, to mix in, and those to other prompts, held out: it is not to forget them."""
     from trainer import samples
     from trainer.samples import Demonstration
 
