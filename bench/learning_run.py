@@ -16,6 +16,8 @@ from trainer import runtime
 TOKENS = 80
 CANDIDATES = 4
 HELD_OUT = 32
+DEMONSTRATED = 180
+"""Prompts to which there are demonstrations, where one in eight answers ends by itself; the last ones' are held out."""
 BATCH = 4
 """Pairs or groups an optimizer step of an online run, as a round brings a dozen of them."""
 RATE = 5e-5
@@ -131,7 +133,7 @@ def _demonstrations(world: World, output: Path) -> tuple[list[Any], list[Any]]:
 
     path = output / f"demonstrations-{world.seed}.jsonl"
     if not path.exists():
-        prompts = [prompt for prompt in world.train[-2 * HELD_OUT :] for _ in range(CANDIDATES)]
+        prompts = [prompt for prompt in world.train[-DEMONSTRATED:] for _ in range(CANDIDATES)]
         answers = enumerate(zip(prompts, world.answers(world.base, prompts, 2), strict=True))
         found = [
             Demonstration(id=f"shown-{number:03d}", prompt=world.encode(prompt), response=response)
@@ -140,8 +142,8 @@ def _demonstrations(world: World, output: Path) -> tuple[list[Any], list[Any]]:
         ]
         path.write_text("".join(json.dumps(samples.to_fields(one)) + "\n" for one in found))
     whole = [samples.from_fields(json.loads(line)) for line in path.read_text().splitlines()]
-    first = {world.encode(prompt) for prompt in world.train[-2 * HELD_OUT : -HELD_OUT]}
-    return [one for one in whole if one.prompt in first], [one for one in whole if one.prompt not in first]
+    last = {world.encode(prompt) for prompt in world.train[-HELD_OUT:]}
+    return [one for one in whole if one.prompt not in last], [one for one in whole if one.prompt in last]
 
 
 def _groups(world: World, folder: Path, number: int, count: int) -> list[Any]:
