@@ -40,7 +40,7 @@ ONLINE = {
     "ppo": ("ppo", {"kl_weight": KL_WEIGHT}),
     "grpo": ("grpo", {"kl_weight": KL_WEIGHT}),
     "rloo": ("rloo", {"kl_weight": KL_WEIGHT}),
-    "dpo_sft": ("dpo+sft", {}),
+    "dpo_sft": ("dpo+4*sft", {}),
     "ppo_without_baseline": ("ppo", {"kl_weight": KL_WEIGHT, "reference_baseline": False}),
 }
 """Online runs: the objective, and settings of the learner."""

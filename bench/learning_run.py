@@ -111,7 +111,7 @@ def online(world: World, name: str, rounds: int, prompts: int, output: Path) -> 
                 groups = _groups(world, Path(scratch) / f"round-{number - 1}", number, prompts)
                 samples = _samples(text, groups)
                 if "sft" in text:
-                    samples += random.Random(number).sample(mixed, prompts // 2)
+                    samples += random.Random(number).sample(mixed, min(prompts, len(mixed)))
                 reference = reference_logprobs(world.base, objective.referenced(samples), max_tokens=2048)
                 measured = learner.learn(samples, reference, round_number=number)
                 found[-1]["train_reward"] = measured.get("reward", mean([r.reward for g in groups for r in g.rollouts]))
