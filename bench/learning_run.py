@@ -97,6 +97,8 @@ def online(world: World, name: str, rounds: int, prompts: int, output: Path) -> 
     from trainer.inference import reference_logprobs
     from trainer.learner import Learner
 
+    if rounds * prompts > (most := len(world.train) - DEMONSTRATED):
+        raise SystemExit(f"bench: {rounds} rounds of {prompts} prompts are more than there are, {most}; take fewer")
     text, given = ONLINE[name]
     chosen = settings(seed=world.seed, batch_size=BATCH, **given)
     objective = losses.objective(text, ModelRole.MODEL_ROLE_POLICY, chosen)
