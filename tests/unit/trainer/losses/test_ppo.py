@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from trainer.config import TrainerSettings
 from trainer.losses import ppo
 from trainer.losses.base import Prepared, Round
 from trainer.losses.ppo import Ppo
-from trainer.samples import Group, Sample
+from trainer.samples import Group, Rollout, Sample
 
 GAMMA, LAMBDA, CLIP, VALUE_CLIP, BETA = 0.97, 0.9, 0.2, 0.3, 0.07
 
@@ -133,6 +134,39 @@ def test_what_is_prepared_equals_a_plain_implementation() -> None:
     assert prepared.measures["kl_weight"] == BETA
     without, _ = prepare(make(missing_eos_penalty=1.5, reference_baseline=False), groups)
     assert without.measures["reward"] - prepared.measures["reward"] == pytest.approx(0.75 / 2)
+
+
+def worth_and_place(*, reference_baseline: bool) -> tuple[float, float]:
+    """How tokens' advantages go, before the critic has learnt anything, with what their response earned, and with how
+    near its end they are. One response of five is short and good, the others are cut; rewards are about those of
+    `make bench-learning`.
+    """
+    rng = random.Random(0)
+    groups, better, place = [], [], []
+    for number in range(28):
+        rollouts = []
+        for index in range(4):
+            good = (4 * number + index) % 5 == 0
+            count, reward = (rng.randint(20, 50), -0.8) if good else (80, -2.6)
+            rollouts.append(Rollout(tuple(range(3, 3 + count)), rng.gauss(reward, 0.2)))
+            better += [float(good)] * count
+            place += [0.95**left for left in reversed(range(count))]
+        groups.append(Group(id=f"{number}", prompt=(3,), rollouts=tuple(rollouts), reference_reward=-2.4))
+    nothing = {group.id: torch.zeros(group.response_tokens) for group in groups}
+    objective = make(reference_baseline=reference_baseline, gae_lambda=0.95, discount=1.0, kl_weight=0.0)
+    prepared = objective.prepare(Round(groups, {}, 4, evaluate_with(nothing, nothing), {"kl_weight": 0.0}))
+    advantages = torch.cat([prepared.given["advantages"][group.id] for group in groups])
+    found = torch.corrcoef(torch.stack([advantages, torch.tensor(better), torch.tensor(place)]))
+    return found[0, 1].item(), found[0, 2].item()
+
+
+def test_without_the_baseline_advantages_say_where_a_token_is_and_with_it_what_it_earned() -> None:
+    worth, place = worth_and_place(reference_baseline=False)
+    assert worth == pytest.approx(0.13, abs=0.05)
+    assert place < -0.85
+    worth, place = worth_and_place(reference_baseline=True)
+    assert worth > 0.6
+    assert abs(place) < 0.3
 
 
 def plain_loss(groups: list[Group], prepared: Prepared, policy: list[float], values: list[float]) -> float:
