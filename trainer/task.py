@@ -200,15 +200,14 @@ class Task:
 
     def batch(self) -> list[Sample]:
         """The samples of the next round, oldest first; they go on waiting until a checkpoint has them. Which they are
-        is written down before they are learnt. Raises `errors.NoSpace`.
+        is written down before they are learnt; of a round that was begun before, once more: more may have been read
+        since, or taken back, and the version that comes of it is known again by that. Raises `errors.NoSpace`.
         """
         if self._held:
             self._planned, held, self._held = [], self._held, []
             return held
-        if self._planned:
-            wanted, self._planned = self._planned, []
-            return self._buffer.pick(wanted)
-        found = self._buffer.oldest(self._shared.settings.round_size)
+        found = self._buffer.pick(self._planned) or self._buffer.oldest(self._shared.settings.round_size)
+        self._planned = []
         lesson = {"samples": [sample.id for sample in found], "retracted": self._retracted}
         state = dataclasses.replace(self._state, positions=self._ingest.positions(), topic_ids=self._ingest.topic_ids())
 

@@ -97,6 +97,29 @@ def test_of_a_round_that_was_begun_what_was_taken_back_since_is_left_out(shared:
     assert begun() == [4, 5, 6, 7]
 
 
+@pytest.mark.parametrize("taken_back", [False, True])
+def test_what_was_read_before_a_round_was_learnt_again_is_known_of_the_version_that_came_of_it(
+    taken_back: bool, shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that version never came to a checkpoint, and the round is learnt a third time."""
+    begun = Task("policy", shared, resident=True)
+    begun.resume()
+    begun.ingest(1.0)
+    assert [int(sample.id[-12:]) for sample in begun.batch()] == [0, 1, 2, 3]
+    begun.close()
+    if taken_back:
+        send(shared, 2, ComparisonState.COMPARISON_STATE_RETRACTED)
+    send(shared, 20)
+    crash_before_the_checkpoint(shared, monkeypatch, resident=True)
+    rounds(shared, 2)
+    one, two = (shared.store.load(f"policy-00000{number}").manifest for number in (1, 2))
+    assert samples(shared, one.version) == ([0, 1, 3] if taken_back else [0, 1, 2, 3])
+    assert two.parent == one.version, "it was not learnt beside it once more"
+    assert samples(shared, two.version) == [4, 5, 6, 7]
+    ends = {part.partition: part.end for part in one.lineage.offsets}
+    assert {part.partition: part.start for part in two.lineage.offsets} == ends, "nothing was read twice"
+
+
 @pytest.mark.parametrize("resident", [True, False])
 def test_a_version_whose_checkpoint_never_came_is_made_again_and_is_the_same(
     resident: bool, shared: Shared, monkeypatch: pytest.MonkeyPatch
