@@ -19,7 +19,9 @@ HELD_OUT = 32
 DEMONSTRATED = 180
 """Prompts to which there are demonstrations, where one in eight answers ends by itself; the last ones' are held out."""
 BATCH = 4
-"""Pairs or groups an optimizer step of an online run, as a round brings a dozen of them."""
+"""Pairs or groups an optimizer step of an online run, as a round brings a dozen of them; where demonstrations are mixed
+in, as many of these beside.
+"""
 RATE = 5e-5
 
 
@@ -100,7 +102,8 @@ def online(world: World, name: str, rounds: int, prompts: int, output: Path) -> 
     if rounds * prompts > (most := len(world.train) - DEMONSTRATED):
         raise SystemExit(f"bench: {rounds} rounds of {prompts} prompts are more than there are, {most}; take fewer")
     text, given = ONLINE[name]
-    chosen = settings(seed=world.seed, batch_size=BATCH, **given)
+    mixing = "sft" in text
+    chosen = settings(seed=world.seed, batch_size=2 * BATCH if mixing else BATCH, **given)
     objective = losses.objective(text, ModelRole.MODEL_ROLE_POLICY, chosen)
     learner = Learner(objective, world.base, chosen, learning_rate=RATE)
     start = [world.text(response) for response in world.answers(world.base, world.held_out, 1)]
@@ -112,8 +115,8 @@ def online(world: World, name: str, rounds: int, prompts: int, output: Path) -> 
             if number:
                 groups = _groups(world, Path(scratch) / f"round-{number - 1}", number, prompts)
                 samples = _samples(text, groups)
-                if "sft" in text:
-                    samples += random.Random(number).sample(mixed, min(prompts, len(mixed)))
+                if mixing:
+                    samples += random.Random(number).sample(mixed, min(len(samples), len(mixed)))
                 reference = reference_logprobs(world.base, objective.referenced(samples), max_tokens=2048)
                 measured = learner.learn(samples, reference, round_number=number)
                 found[-1]["train_reward"] = measured.get("reward", mean([r.reward for g in groups for r in g.rollouts]))
