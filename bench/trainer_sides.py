@@ -167,8 +167,9 @@ def main(side: str, setup: Path) -> None:
     """The process."""
     logging.basicConfig(level=logging.ERROR)
     runtime.before_imports()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    runtime.prepare(max(1, (os.cpu_count() or 1) // local))
+    if not side.startswith("trl"):  # it comes as its users have it
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        runtime.prepare(max(1, (os.cpu_count() or 1) // local))
     work: Sequence[Callable[[Commands], None]]
     if side in SIDES:
         work = [SIDES[side]]

@@ -118,7 +118,7 @@ def _run(stop: threading.Event) -> None:
     else:
         parsed = TrainerSettings.from_command_line(prog="python -m trainer")
         telemetry.start("trainer", parsed)
-        runtime.before_imports()
+        runtime.before_imports(beside_servers=True)
         main(parsed, stop)
 
 

@@ -307,7 +307,7 @@ def _unlike(found: Sequence[Version], expected: Sequence[Version]) -> Iterator[s
 def begin(folder: Path) -> Path:
     """A home folder with keys and version 0 of both roles, and what all processes begin from loaded once."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    runtime.before_imports()
+    runtime.before_imports(beside_servers=True)
     multiprocessing.set_forkserver_preload(_PRELOAD)
     from thumbwheel.auth import ManifestSigner
     from trainer import publish

@@ -9,7 +9,7 @@ import pytest
 from tests.support import make_tiny_llama
 from trainer import runtime
 
-runtime.before_imports()
+runtime.before_imports(beside_servers=True)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,16 @@ def test_the_process_is_a_group_of_one_and_deterministic() -> None:
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.parametrize(("beside_servers", "spins"), [(False, None), (True, "0")])
+def test_only_beside_servers_do_waiting_threads_sleep_at_once(
+    monkeypatch: pytest.MonkeyPatch, *, beside_servers: bool, spins: str | None
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    runtime.before_imports(beside_servers=beside_servers)
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
+    assert os.environ["TORCHDYNAMO_DISABLE"] == "1"
+
+
 @pytest.mark.parametrize(("rank", "cores"), [("0", {4, 5}), ("1", {6, 7, 9})])
 def test_ranks_of_a_machine_stay_on_cores_of_their_own(
     rank: str, cores: set[int], monkeypatch: pytest.MonkeyPatch
