@@ -34,20 +34,17 @@ def per_token(
     whole = torch.zeros(sum(sample.response_tokens for sample in samples))
     sizes = [sample.response_tokens for sample in samples]
     found = dict(zip([sample.id for sample in samples], torch.split(whole, sizes), strict=True)) if samples else {}
-    groups = batches.micro_batches(samples, _FACTOR * max_tokens)
     if ranks.count() > 1 and ranks.any_of(stop()):
         raise runtime.Stopped
-    for turn in range(0, len(groups), ranks.count()):
+    # Where the weights are spread over ranks, all of them have to take every turn.
+    for rows, counts in batches.shared(samples, _FACTOR * max_tokens, ranks.rank(), ranks.count()):
         if ranks.count() == 1 and stop():
             raise runtime.Stopped
-        mine = turn + ranks.rank()
-        # Where the weights are spread over ranks, all of them have to take every turn.
-        rows = groups[min(mine, len(groups) - 1)]
         spans = [row.span for row in rows]
         values = function(batches.collate(rows).to(device)).cpu()
-        if mine < len(groups):
-            counts = [span.stop - span.start for span in spans]
-            for row, span, part in zip(rows, spans, torch.split(values, counts), strict=True):
+        if counts:
+            sizes = [span.stop - span.start for span in spans]
+            for row, span, part in zip(rows, spans, torch.split(values, sizes), strict=True):
                 found[row.sample.id][span] = part
     ranks.add(whole)
     return found
