@@ -43,8 +43,8 @@ def per_token(
         spans = [row.span for row in rows]
         values = function(batches.collate(rows).to(device)).cpu()
         if counts:
-            sizes = [span.stop - span.start for span in spans]
-            for row, span, part in zip(rows, spans, torch.split(values, sizes), strict=True):
+            lengths = [span.stop - span.start for span in spans]
+            for row, span, part in zip(rows, spans, torch.split(values, lengths), strict=True):
                 found[row.sample.id][span] = part
     ranks.add(whole)
     return found
