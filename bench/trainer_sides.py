@@ -83,13 +83,13 @@ def ours(commands: Commands, objective: str, **changes: Any) -> None:
     """Our learner, with the reference's log-probabilities of each round. Several ranks do the same together."""
     from thumbwheel.v1.rollout_pb2 import ModelRole
     from trainer import losses, ranks
-    from trainer.inference import Reference
+    from trainer.inference import Reference, stays
     from trainer.learner import Learner
 
     settings = _settings(objective, **changes)
     mixture = losses.objective(objective, ModelRole.MODEL_ROLE_POLICY, settings)
     learner = Learner(mixture, commands.model, settings, learning_rate=RATE)
-    asked = Reference(keep=ranks.count() == 1)  # as `trainer.team` has it
+    asked = Reference(keep=stays(settings))
     rounds = commands.rounds() if ranks.lead() else iter(())
     number = 0
     while True:

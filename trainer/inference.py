@@ -13,6 +13,7 @@ from torch import Tensor
 from trainer import batch as batches
 from trainer import models, ranks, runtime
 from trainer.batch import Batch
+from trainer.config import LearningSettings
 from trainer.samples import Sample
 
 _FACTOR = 2
@@ -48,6 +49,14 @@ def per_token(
                 found[row.sample.id][span] = part
     ranks.add(whole)
     return found
+
+
+def stays(settings: LearningSettings) -> bool:
+    """Whether the reference stays in a rank's memory from one round to the next. Beside weights in bf16, gradients in
+    fp32 and the optimizer's state, it is a ninth more with one rank, and a third with very many.
+    """
+    divided = settings.zero_stage == 3 and ranks.count() > 1
+    return not (divided or settings.cpu_offload or settings.lora_rank)
 
 
 class Reference:

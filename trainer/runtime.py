@@ -66,7 +66,8 @@ def prepare(threads: int) -> None:
 
     on_gpu = choose_accelerator()
     torch.set_num_threads(_threads(threads, on_gpu))
-    torch.use_deterministic_algorithms(True, warn_only=on_gpu)
+    # Not just with a warning: attention on a GPU then chooses a kernel whose gradients differ from run to run.
+    torch.use_deterministic_algorithms(True)
     # Filling fresh memory costs time and changes nothing where all of it is written before it is read.
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # missing in its stub
     if on_gpu:

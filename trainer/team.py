@@ -20,7 +20,7 @@ from trainer import losses, ranks, runtime, samples
 from trainer.background import Background
 from trainer.config import TaskName, TrainerSettings
 from trainer.guards import Unfit
-from trainer.inference import Reference
+from trainer.inference import Reference, stays
 from trainer.judge import Judged
 from trainer.learner import Learner, StepReport
 from trainer.losses.base import PerSample
@@ -36,9 +36,7 @@ class Team:
         self._settings, self._stop = settings, stop
         self._learner: Learner | None = None
         self._reference: PerSample = {}
-        # Where one rank has weights, gradients and the optimizer's state in fp32, it is a ninth more.
-        whole = ranks.count() == 1 and not settings.cpu_offload and not settings.lora_rank
-        self._asked = Reference(keep=whole)
+        self._asked = Reference(keep=stays(settings))
         self._said_at = time.monotonic()
         self._alone = False
 

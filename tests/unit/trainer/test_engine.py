@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainer import runtime
 from trainer.config import TrainerSettings
 from trainer.engine import MASTER, Engine
 from trainer.losses.base import ParameterGroup
@@ -19,7 +20,7 @@ RATE = 0.01
 
 def model() -> torch.nn.Linear:
     torch.manual_seed(3)
-    return torch.nn.Linear(8, 4, dtype=torch.bfloat16)
+    return torch.nn.Linear(8, 4, dtype=torch.bfloat16).to(runtime.device())
 
 
 def loss(made: torch.nn.Linear, given: Tensor, by: float) -> Tensor:
@@ -43,7 +44,7 @@ def test_steps_are_those_of_plain_torch(scale: float) -> None:
         masters, RATE, (settings.adam_beta1, settings.adam_beta2), settings.adam_epsilon, settings.weight_decay
     )
     for number in range(3):
-        given = torch.randn(5, 8, generator=torch.Generator().manual_seed(number)).bfloat16()
+        given = torch.randn(5, 8, generator=torch.Generator().manual_seed(number)).bfloat16().to(runtime.device())
         norm = step(engine, given, scale, 2 * scale)
         sums = [torch.zeros_like(master) for master in masters]
         for by in (scale, 2 * scale):
@@ -68,9 +69,9 @@ def test_a_gradient_that_is_no_number_moves_nothing() -> None:
     made = model()
     before = {name: parameter.detach().clone() for name, parameter in made.named_parameters()}
     engine = Engine(made, [ParameterGroup(list(made.parameters()), RATE)], TrainerSettings())
-    assert not math.isfinite(step(engine, torch.ones(2, 8, dtype=torch.bfloat16), math.nan))
+    assert not math.isfinite(step(engine, torch.ones(2, 8, dtype=torch.bfloat16, device=runtime.device()), math.nan))
     assert all(torch.equal(parameter, before[name]) for name, parameter in made.named_parameters())
     assert engine.optimizer_steps == 0
-    assert math.isfinite(step(engine, torch.ones(2, 8, dtype=torch.bfloat16), 1.0))
+    assert math.isfinite(step(engine, torch.ones(2, 8, dtype=torch.bfloat16, device=runtime.device()), 1.0))
     assert not torch.equal(made.weight, before["weight"])
     engine.close()

@@ -18,6 +18,18 @@ def test_the_process_is_a_group_of_one_and_deterministic() -> None:
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.usefixtures("one_rank")
+def test_on_a_gpu_as_well_a_kernel_that_is_not_deterministic_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a warning alone, attention on a GPU takes one whose gradients differ from run to run."""
+    import torch
+
+    monkeypatch.setattr(runtime, "choose_accelerator", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    runtime.prepare(2)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+
+
 @pytest.mark.parametrize(("beside_servers", "spins"), [(False, None), (True, "0")])
 def test_only_beside_servers_do_waiting_threads_sleep_at_once(
     monkeypatch: pytest.MonkeyPatch, *, beside_servers: bool, spins: str | None

@@ -24,7 +24,7 @@ from thumbwheel.stream.log import Headers
 from thumbwheel.stream.memory import MemoryLog
 from thumbwheel.v1.events_pb2 import ComparisonState, VersionEvent
 from thumbwheel.v1.rollout_pb2 import ModelRole, VersionState
-from trainer import loop, publish
+from trainer import loop, publish, runtime
 from trainer.config import TaskName, TrainerSettings
 from trainer.models import load_causal, load_scorer, sequence_score
 from trainer.shared import Shared
@@ -256,7 +256,7 @@ def test_the_manifest_says_what_was_measured_and_how(shared: Shared) -> None:
     assert {"loss", "margin", "accuracy", "grad_norm"} <= set(policy.metrics) & set(reward.metrics)
     assert len(policy.probes) == 1
     assert len(policy.probes[0].logprobs) == len(policy.probes[0].token_ids)
-    scorer = load_scorer(shared.store.root / "reward-000001")
+    scorer = load_scorer(shared.store.root / "reward-000001").to(runtime.device())
     tokens = [*reward.probes[0].prompt_token_ids, *reward.probes[0].token_ids]
     assert reward.probes[0].score == pytest.approx(sequence_score(scorer, tokens), abs=1e-6)
     assert reward.probes[0].score != 0.0
