@@ -31,7 +31,7 @@ def loss(made: torch.nn.Linear, given: Tensor, by: float) -> Tensor:
 def step(engine: Engine, given: Tensor, *scales: float) -> float:
     with engine.accumulating():
         for by in scales:
-            engine.backward(engine.call(loss, given, by))
+            engine.backward(engine.call(loss, given.to(engine.device), by))
     return engine.step([RATE])
 
 
@@ -69,9 +69,9 @@ def test_a_gradient_that_is_no_number_moves_nothing() -> None:
     made = model()
     before = {name: parameter.detach().clone() for name, parameter in made.named_parameters()}
     engine = Engine(made, [ParameterGroup(list(made.parameters()), RATE)], TrainerSettings())
-    assert not math.isfinite(step(engine, torch.ones(2, 8, dtype=torch.bfloat16, device=runtime.device()), math.nan))
+    assert not math.isfinite(step(engine, torch.ones(2, 8, dtype=torch.bfloat16), math.nan))
     assert all(torch.equal(parameter, before[name]) for name, parameter in made.named_parameters())
     assert engine.optimizer_steps == 0
-    assert math.isfinite(step(engine, torch.ones(2, 8, dtype=torch.bfloat16, device=runtime.device()), 1.0))
+    assert math.isfinite(step(engine, torch.ones(2, 8, dtype=torch.bfloat16), 1.0))
     assert not torch.equal(made.weight, before["weight"])
     engine.close()

@@ -22,9 +22,9 @@ from tests.unit.trainer.samples import (
 )
 from thumbwheel import errors
 from thumbwheel.v1.rollout_pb2 import ModelRole
-from trainer import batch, losses, models, ranks
+from trainer import batch, losses, models
 from trainer.config import TrainerSettings
-from trainer.inference import Reference, reference_logprobs, stays
+from trainer.inference import Reference, reference_logprobs
 from trainer.learner import Learner, StepReport
 from trainer.losses.base import PerSample
 from trainer.losses.mixture import Mixture
@@ -207,23 +207,6 @@ def test_the_reference_pass_equals_the_models_own_logprobs(policy_path: Path) ->
             for logprob in models.continuation_logprobs(model, sample.prompt, response)
         ]
         assert reference[sample.id].tolist() == pytest.approx(own, rel=0.1, abs=0.1)
-
-
-@pytest.mark.parametrize(
-    ("count", "changes", "expected"),
-    [
-        (1, {"zero_stage": 3}, True),  # with one rank nothing is divided
-        (2, {"zero_stage": 2}, True),
-        (2, {"zero_stage": 3}, False),
-        (1, {"cpu_offload": True}, False),
-        (2, {"lora_rank": 8}, False),
-    ],
-)
-def test_the_reference_stays_where_a_rank_holds_a_whole_model_anyway(
-    count: int, changes: dict[str, object], expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ranks, "count", lambda: count)
-    assert stays(settings_with(**changes)) is expected
 
 
 def test_a_reference_that_stays_in_memory_says_what_one_that_is_read_anew_says(

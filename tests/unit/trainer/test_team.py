@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -86,3 +87,23 @@ def test_the_others_hear_of_rank_0_also_where_there_is_nothing_to_do(
     monkeypatch.setattr(team, "IDLE_SECONDS", 0.0)
     lead.idle()
     assert [message["do"] for message in said] == ["idle"]
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "stays"),
+    [
+        (1, {"zero_stage": 3}, True),  # with one rank nothing is divided
+        (2, {"zero_stage": 2}, True),
+        (2, {"zero_stage": 3}, False),
+        (1, {"cpu_offload": True}, False),
+        (2, {"lora_rank": 8}, False),
+    ],
+)
+def test_the_reference_stays_where_a_rank_holds_a_whole_model_anyway(
+    count: int, changes: dict[str, object], stays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Mock()
+    monkeypatch.setattr(team, "Reference", made)
+    monkeypatch.setattr(ranks, "count", lambda: count)
+    Team(TrainerSettings.model_validate(changes), lambda: False)
+    made.assert_called_once_with(keep=stays)
