@@ -1,14 +1,19 @@
-"""Two operations written out, because autograd's own take twice the time on a CPU. Their results are the plain ones.
+"""Operations written out, because autograd's own take twice the time on a CPU or more. Their results are the plain
+ones.
 
 Attention with a mask: torch's fused kernel is slow backwards and repeats the keys of grouped queries. The probabilities
 are kept instead of computed again, [B, H, L, L] in the model's type.
 
 Log-probabilities of given tokens: the softmax over the vocabulary is kept in the model's type, so that the product with
 the head's matrix is not done again, and the gradient of the logits is made of it in one pass.
+
+Products of bf16: in fp32, and rounded, where the processor has no instructions for bf16. Those that have them add up in
+fp32 as well.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,13 +24,65 @@ ATTENTION = "thumbwheel"
 """The name of `attention` among those of Transformers."""
 
 
+@functools.cache
+def multiplies_bf16() -> bool:
+    """Whether torch multiplies matrices of bf16 by instructions of this processor, such as AVX-512's. Without them it
+    takes them number by number, many times slower than in fp32.
+    """
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _slow(given: Tensor) -> bool:
+    return given.dtype == torch.bfloat16 and given.device.type == "cpu" and not multiplies_bf16()
+
+
+def product(first: Tensor, second: Tensor) -> Tensor:
+    """The matrix product, or that of each of a batch, in the type of `first`."""
+    return (first.float() @ second.float()).to(first.dtype) if _slow(first) else first @ second
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(given, weight)
+        found = linear(given.float(), weight.float(), None if bias is None else bias.float())
+        return found.to(given.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        given, weight = ctx.saved_tensors
+        rows = gradients[0].flatten(0, -2)
+        of_given, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            product(gradients[0], weight) if of_given else None,
+            product(rows.t(), given.flatten(0, -2)) if of_weight else None,
+            rows.float().sum(0).to(rows.dtype) if of_bias else None,
+        )
+
+
+def _forward(layer: torch.nn.Linear, given: Tensor) -> Tensor:
+    if not _slow(given):
+        return linear(given, layer.weight, layer.bias)
+    made: Tensor = _Linear.apply(given, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+    return made
+
+
+def adopt(model: torch.nn.Module) -> None:
+    """Has the linear layers of a model compute in fp32 what this processor is slow at in bf16."""
+    if multiplies_bf16():
+        return
+    for layer in model.modules():
+        if type(layer) is torch.nn.Linear:
+            layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int) -> Tensor:
         found, kept = [], []
         wanted = any(ctx.needs_input_grad)
         for part, wanted_tokens in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
-            logprobs = torch.log_softmax(linear(part, weight), 1, dtype=torch.float32)
+            logprobs = torch.log_softmax(product(part, weight.t()), 1, dtype=torch.float32)
             found.append(logprobs.gather(1, wanted_tokens[:, None]).squeeze(1))
             if wanted:
                 kept.append(logprobs.exp_().to(hidden.dtype))
@@ -41,7 +98,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logits = torch.cat(kept).mul_(-gradient[:, None])
         rows = torch.arange(len(targets), device=targets.device)
         logits[rows, targets] += gradient
-        return logits @ weight, logits.t() @ hidden, None, None
+        return product(logits, weight), product(logits.t(), hidden), None, None
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, *, rows: int) -> Tensor:
@@ -58,23 +115,23 @@ class _Attention(torch.autograd.Function):
         count, heads, length, size = query.shape
         grouped = (count * key.shape[1], heads // key.shape[1] * length, size)  # queries that share a key lie together
         q, k, v = query.reshape(grouped), key.flatten(0, 1), value.flatten(0, 1)
-        scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+        scores = product(q, k.transpose(1, 2)).mul_(scale)
         scores.view(count, heads, length, length).masked_fill_(~mask, -torch.inf)
         probabilities = torch.softmax(scores, 2)
         del scores
         ctx.save_for_backward(q, k, v, probabilities)
         ctx.shapes = query.shape, key.shape, scale
-        return torch.bmm(probabilities, v).view(query.shape)
+        return product(probabilities, v).view(query.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, probabilities = ctx.saved_tensors
         query_shape, key_shape, scale = ctx.shapes
         gradient = gradients[0].reshape(q.shape)
-        value = torch.bmm(probabilities.transpose(1, 2), gradient)
-        of_probabilities = torch.bmm(gradient, v.transpose(1, 2))
+        value = product(probabilities.transpose(1, 2), gradient)
+        of_probabilities = product(gradient, v.transpose(1, 2))
         scores = torch._softmax_backward_data(of_probabilities, probabilities, 2, probabilities.dtype)
-        query, key = torch.bmm(scores, k).mul_(scale), torch.bmm(scores.transpose(1, 2), q).mul_(scale)
+        query, key = product(scores, k).mul_(scale), product(scores.transpose(1, 2), q).mul_(scale)
         return query.view(query_shape), key.view(key_shape), value.view(key_shape), None, None
 
 

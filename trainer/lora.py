@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trainer import kernels
 from trainer.config import LearningSettings
 
 _ADAPTER = "default"
@@ -40,6 +41,7 @@ def add(model: Any, settings: LearningSettings) -> None:
         wanted.score.requires_grad_(True)
     for parameter in wanted.parameters():  # and not the buffers, of which some are float32 for a reason
         parameter.data = parameter.data.to(torch.bfloat16)
+    kernels.adopt(wanted)
 
 
 def merged(model: Any) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ def load_causal(path: Path) -> Any:
                 f"{path}: {type(model).__name__} changes its logits by {name}, which is not supported.",
                 remedy="Choose a base model without it, such as one of the Llama or Qwen families.",
             )
-    return _without_dropout(model.train())
+    return _ready(model.train())
 
 
 def load_scorer(path: Path) -> Any:
@@ -50,7 +50,7 @@ def load_scorer(path: Path) -> Any:
             f"{path}: {type(model).__name__} is no reward model.",
             remedy="It needs a linear layer called `score`, without bias.",
         )
-    return _without_dropout(model.train())
+    return _ready(model.train())
 
 
 def new_scorer(path: Path) -> Any:
@@ -61,16 +61,17 @@ def new_scorer(path: Path) -> Any:
         str(path), num_labels=1, dtype=torch.bfloat16, attn_implementation=kernels.register()
     )
     torch.nn.init.zeros_(model.score.weight)
-    return _without_dropout(model.train())
+    return _ready(model.train())
 
 
-def _without_dropout(model: Any) -> Any:
+def _ready(model: Any) -> Any:
     # The ratio to the reference would be noise; and samples are few, so there is nothing to regularise.
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
+    kernels.adopt(model)
     return model
 
 

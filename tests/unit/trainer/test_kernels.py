@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer import kernels, models
 
@@ -61,3 +65,71 @@ def test_without_a_mask_torchs_own_attention_does_it() -> None:
     found, _ = kernels.attention(module, query, key, value, None, is_causal=True)
     plain = scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
     torch.testing.assert_close(found, plain)
+
+
+def bf16(*shape: int, seed: int) -> Tensor:
+    return random(*shape, seed=seed).detach().bfloat16().requires_grad_()
+
+
+@pytest.fixture
+def no_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without instructions for bf16."""
+    monkeypatch.setattr(kernels, "multiplies_bf16", lambda: False)
+
+
+def adopted(*, bias: bool) -> tuple[torch.nn.Linear, torch.nn.Linear]:
+    """A layer that computes in its own way, and the same layer in float64."""
+    torch.manual_seed(4)
+    mine = torch.nn.Linear(48, 20, bias=bias, dtype=torch.bfloat16)
+    plain = copy.deepcopy(mine).double()
+    kernels.adopt(mine)
+    return mine, plain
+
+
+@pytest.mark.usefixtures("no_bf16")
+@pytest.mark.parametrize("bias", [False, True])
+def test_without_bf16_instructions_a_layer_says_the_same_rounded_once(*, bias: bool) -> None:
+    given, (mine, plain) = bf16(2, 7, 48, seed=0), adopted(bias=bias)
+    wide, weights = given.detach().double().requires_grad_(), bf16(2, 7, 20, seed=5).detach()
+    found, expected = mine(given), plain(wide)
+    torch.testing.assert_close(found, expected.bfloat16(), rtol=2**-8, atol=1e-6)
+    ours = torch.autograd.grad((found * weights).sum(), (given, *mine.parameters()))
+    theirs = torch.autograd.grad((expected * weights.double()).sum(), (wide, *plain.parameters()))
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.dtype == torch.bfloat16
+        torch.testing.assert_close(our, their.bfloat16(), rtol=2**-7, atol=1e-2)
+
+
+@pytest.mark.usefixtures("no_bf16")
+def test_without_bf16_instructions_nothing_is_multiplied_in_bf16() -> None:
+    """Not forwards, and not backwards."""
+    query, key, value = bf16(1, 4, 6, 8, seed=0), bf16(1, 2, 6, 8, seed=1), bf16(1, 2, 6, 8, seed=2)
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    mine, _ = adopted(bias=True)
+    with Products() as seen:
+        attended, _ = kernels.attention(torch.nn.Module(), query, key, value, mask)
+        torch.autograd.grad(attended.sum(), (query, key, value))
+        torch.autograd.grad(mine(given := bf16(5, 48, seed=3)).sum(), (given, *mine.parameters()))
+        hidden, head = bf16(5, 8, seed=4), bf16(11, 8, seed=5)
+        logprobs = kernels.token_logprobs(hidden, head, torch.arange(5), rows=3)
+        torch.autograd.grad(logprobs.sum(), (hidden, head))
+    assert seen.types == {torch.float32}
+
+
+class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own has no types
+    """Notes the types of what is multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.types: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
+            self.types.add(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_where_there_are_such_instructions_layers_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "multiplies_bf16", lambda: True)
+    mine, _ = adopted(bias=False)
+    assert "forward" not in vars(mine)
