@@ -45,7 +45,7 @@ class DemoSettings(StackSettings):
     learning_rate: float = Field(default=5e-5, gt=0)
     """Learning rate of policy and reward model: larger than usual, to see an effect within minutes."""
 
-    deadline_minutes: float = Field(default=30.0, gt=0)
+    deadline_minutes: float = Field(default=90.0, gt=0)
     """The demo gives up after so long."""
 
     keep: bool = False
