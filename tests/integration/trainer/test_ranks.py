@@ -71,9 +71,9 @@ def test_two_ranks_go_on_bit_for_bit(two: Path, stage: int) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_learn_what_one_learns(one: Path, two: Path, model: Path, stage: int) -> None:
-    """The first step agrees to 0.5 %. Later ones do to 3 %: ranks have other micro-batches, forward passes are in bf16, and
-    Adam takes a step of full size also where a gradient is little more than rounding, so the weights differ by then; at
-    the end by less than 15 % of the way that they have gone.
+    """The first step agrees to 0.5 %. Later ones do to 3 %: ranks have other micro-batches, forward passes are in bf16,
+    and Adam takes a step of full size also where a gradient is little more than rounding, so the weights differ by then;
+    at the end by less than 15 % of the way that they have gone.
     """
     alone, together = reports(one, 0), reports(two, stage)
     assert len(alone) == len(together) == 7  # three steps, and twice the two of the second round
@@ -81,7 +81,7 @@ def test_two_ranks_learn_what_one_learns(one: Path, two: Path, model: Path, stag
         near = 0.03 if number else 0.005
         assert b["loss"] == pytest.approx(a["loss"], rel=near, abs=0.01)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=near)
-        assert b["margin"] == pytest.approx(a["margin"], rel=near, abs=0.1)
+        assert b["margin"] == pytest.approx(a["margin"], rel=near, abs=0.2 if number else 0.01)
     before, expected, found = load_file(model / "model.safetensors"), weights(one, 0, "straight"), None
     found = weights(two, stage, "straight")
     assert distance(expected, found) < 0.15 * distance(before, expected)
