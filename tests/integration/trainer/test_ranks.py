@@ -72,8 +72,8 @@ def test_two_ranks_go_on_bit_for_bit(two: Path, stage: int) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_learn_what_one_learns(one: Path, two: Path, model: Path, stage: int) -> None:
     """The first step agrees to 0.5 %. Later ones do to 3 %: ranks have other micro-batches, forward passes are in bf16,
-    and Adam takes a step of full size also where a gradient is little more than rounding, so the weights differ by then;
-    at the end by less than 15 % of the way that they have gone.
+    and Adam takes a step of full size also where a gradient is little more than rounding, so weights differ by then; at
+    the end by less than 15 % of the way that they have gone.
     """
     alone, together = reports(one, 0), reports(two, stage)
     assert len(alone) == len(together) == 7  # three steps, and twice the two of the second round
