@@ -126,7 +126,7 @@ def test_it_stops_when_it_gets_no_better(
         data=data,
         home=tmp_path,
         base_model=str(policy_path),
-        learning_rate=0.3,
+        learning_rate=0.05,
         head_learning_rate=1e-2,
         epochs=10,
         patience=2,
