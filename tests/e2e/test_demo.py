@@ -15,7 +15,7 @@ from tests.support import free_base_port
 @pytest.mark.timeout(2100)
 def test_the_demo_turns_the_wheel_once(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "thumbwheel.cli", "demo", "--versions", "1", "--comparisons-per-version", "16"]
-    command += ["--deadline-minutes", "32"]
+    command += ["--questions", "24", "--deadline-minutes", "32"]
     command += ["--home", str(tmp_path / "home"), "--out", str(tmp_path / "out")]
     command += ["--base-port", str(free_base_port())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=2000)

@@ -36,6 +36,9 @@ class DemoSettings(StackSettings):
     comparisons_per_version: int = Field(default=56, ge=8)
     """Comparisons that a version is trained on."""
 
+    questions: int = Field(default=96, ge=1, le=96)
+    """Held-out questions that every version is measured by."""
+
     concurrency: int = Field(default=24, ge=1)
     """Users asking at the same time."""
 

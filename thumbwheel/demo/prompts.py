@@ -36,6 +36,7 @@ def train_prompts() -> list[str]:
     return [one.prompt for one in all_prompts() if one.split == "train"]
 
 
-def held_out_prompts() -> list[str]:
-    """Questions that are only ever used to measure."""
-    return [one.prompt for one in all_prompts() if one.split == "held_out"]
+def held_out_prompts(count: int = 96) -> list[str]:
+    """Questions that are only ever used to measure: all of them, or fewer, of as many topics as can be."""
+    found = [one.prompt for one in all_prompts() if one.split == "held_out"]
+    return [found[number * len(found) // count] for number in range(count)]

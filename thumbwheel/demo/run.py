@@ -116,7 +116,7 @@ class Demo:
 
     async def _measure(self, version: str) -> None:
         """Asks the held-out questions. Answers that a later version had a part in do not count for this one."""
-        prompts = held_out_prompts()
+        prompts = held_out_prompts(self._settings.questions)
         measured = Measured(version, [], [])
         gate = asyncio.Semaphore(self._settings.concurrency)
         with self._bar(f"asking {version} what it was not trained on", len(prompts)) as advance:

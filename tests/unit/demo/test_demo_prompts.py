@@ -27,6 +27,12 @@ def test_there_are_enough_of_both_splits() -> None:
     assert len(held_out_prompts()) == 96
 
 
+def test_a_part_of_the_held_out_is_of_all_topics() -> None:
+    topics = {one.prompt: one.topic for one in all_prompts() if one.split == "held_out"}
+    assert {topics[prompt] for prompt in held_out_prompts(16)} == set(topics.values())
+    assert [len(set(held_out_prompts(count))) for count in (1, 7, 16, 95, 96)] == [1, 7, 16, 95, 96]
+
+
 def test_no_question_is_in_both_splits_or_there_twice() -> None:
     assert not set(train_prompts()) & set(held_out_prompts())
     assert len({one.prompt.casefold() for one in all_prompts()}) == len(all_prompts())
