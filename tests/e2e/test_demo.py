@@ -14,7 +14,7 @@ from tests.support import free_base_port
 
 @pytest.mark.timeout(2100)
 def test_the_demo_turns_the_wheel_once(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "thumbwheel.cli", "demo", "--versions", "1", "--comparisons-per-version", "16"]
+    command = [sys.executable, "-m", "thumbwheel.cli", "demo", "--versions", "1", "--comparisons-per-version", "8"]
     command += ["--questions", "24", "--deadline-minutes", "32"]
     command += ["--home", str(tmp_path / "home"), "--out", str(tmp_path / "out")]
     command += ["--base-port", str(free_base_port())]
@@ -23,8 +23,8 @@ def test_the_demo_turns_the_wheel_once(tmp_path: Path) -> None:
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["requests_failed"] == 0
     assert figures["feedback_lost"] == 0
-    assert figures["feedback_trained"] == 16
-    assert figures["feedback_acked"] == 16 + figures["feedback_apart"]
+    assert figures["feedback_trained"] == 8
+    assert figures["feedback_acked"] == 8 + figures["feedback_apart"]
     assert figures["versions_published"] == 1
     assert figures["swaps"] == 2
     assert figures["peak_memory_bytes"] < 12 * 2**30
