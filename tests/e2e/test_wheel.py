@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,45 @@ def _started_since(before: Sequence[psutil.Process]) -> list[psutil.Process]:
     return [process for process in psutil.Process().children(recursive=True) if process not in before]
 
 
-async def test_the_wheel_turns(settings: StackSettings) -> None:
-    before = psutil.Process().children(recursive=True)
-    async with Stack.running(settings, environment=ENVIRONMENT) as stack, _client(settings) as client:
+def _start(settings: StackSettings, log: Path) -> subprocess.Popen[bytes]:
+    """`thumbwheel up`, in a process group of its own."""
+    command = [sys.executable, "-m", "thumbwheel.cli", "up", "--home", str(settings.home)]
+    command += ["--base-port", str(settings.base_port), "--model", settings.model]
+    # Where the tests run in the background of a shell, Ctrl-C is ignored, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with log.open("w") as out:
+            return subprocess.Popen(
+                command, stdout=out, stderr=out, env={**os.environ, **ENVIRONMENT}, start_new_session=True
+            )
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.asynccontextmanager
+async def _up(settings: StackSettings) -> AsyncIterator[subprocess.Popen[bytes]]:
+    """`thumbwheel up` when it is, killed at the end with all that it started if it is still there."""
+    log = settings.home.parent / "up.log"
+    up = _start(settings, log)
+
+    async def is_up() -> bool:
+        assert up.poll() is None, log.read_text()
+        return "Thumbwheel is up" in log.read_text()
+
+    try:
+        await until(is_up, timeout=180)
+        yield up
+    finally:
+        if up.poll() is None:
+            for process in psutil.Process(up.pid).children(recursive=True):
+                process.kill()
+            up.kill()
+            up.wait(60)
+
+
+async def test_the_wheel_turns_until_ctrl_c_stops_everything(settings: StackSettings) -> None:
+    async with _up(settings) as up, _client(settings) as client:
+        assert read_addresses(settings.home) == settings.addresses
         store = LocalStore(settings.store_path, ManifestVerifier.load(settings.keys_path))
         assert (await client.policy()).version == "policy-000000"
         untaught = await client.judge("Which?", "one", "other")
@@ -114,7 +151,7 @@ async def test_the_wheel_turns(settings: StackSettings) -> None:
         taught = await client.judge("Which?", "one", "other")
         assert taught.probability_a != 0.5
 
-        status = await read_status(client, stack.addresses)
+        status = await read_status(client, settings.addresses)
         assert status.away == {}
         assert (status.policy_version, status.reward_version) == ("policy-000001", "reward-000001")
         assert (status.feedback, status.learnt, status.held, status.outbox) == (10, 16, 0, 0)
@@ -132,7 +169,11 @@ async def test_the_wheel_turns(settings: StackSettings) -> None:
         assert len(json.loads(told.stdout)) == 2, told.stderr
         told = await asyncio.to_thread(_cli, settings, "feedback", "compare", "a", "--json")
         assert json.loads(told.stdout)["duplicate"] is False, told.stderr
-        processes = _started_since(before)
+
+        processes = psutil.Process(up.pid).children(recursive=True)
+        assert len(processes) >= 6
+        up.send_signal(signal.SIGINT)
+        assert await asyncio.to_thread(up.wait, 60) == 130
     assert [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
     told = await asyncio.to_thread(_cli, settings, "status")
     assert told.returncode == 1
@@ -172,30 +213,3 @@ async def test_a_missing_model_is_named(settings: StackSettings, tmp_path: Path)
     with pytest.raises(PartDied, match="nowhere"):
         async with Stack.running(missing):
             pytest.fail("it started")
-
-
-def test_ctrl_c_stops_everything(settings: StackSettings) -> None:
-    command = [sys.executable, "-m", "thumbwheel.cli", "up", "--home", str(settings.home)]
-    command += ["--base-port", str(settings.base_port), "--model", settings.model]
-    log = settings.home.parent / "up.log"
-    # Where the tests run in the background of a shell, Ctrl-C is ignored, and children inherit that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with log.open("w") as out:
-            up = subprocess.Popen(
-                command, stdout=out, stderr=out, env={**os.environ, **ENVIRONMENT}, start_new_session=True
-            )
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-    async def is_up() -> bool:
-        assert up.poll() is None, log.read_text()
-        return "Thumbwheel is up" in log.read_text()
-
-    asyncio.run(until(is_up, timeout=180))
-    assert read_addresses(settings.home) == settings.addresses
-    processes = psutil.Process(up.pid).children(recursive=True)
-    assert len(processes) >= 6
-    up.send_signal(signal.SIGINT)
-    assert up.wait(60) == 130
-    assert [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
