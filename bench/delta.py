@@ -87,7 +87,7 @@ def versions(base: Path, pairs: Sequence[Pair], learning_rate: float, rounds: in
 
     settings = TrainerSettings(policy_learning_rate=learning_rate)
     objective = losses.objective("dpo", ModelRole.MODEL_ROLE_POLICY, settings)
-    reference = reference_logprobs(base, pairs, max_tokens=settings.micro_batch_tokens)
+    reference = reference_logprobs(base, pairs, max_tokens=runtime.pass_tokens(settings.micro_batch_tokens))
     learner = Learner(objective, base, settings, learning_rate=learning_rate)
     found = [folder / "0"]
     learner.write_model(found[0])

@@ -99,7 +99,7 @@ def ours(commands: Commands, objective: str, **changes: Any) -> None:
             break
         number += 1
         mine = [commands.samples[index] for index in numbers]
-        reference = asked.logprobs(commands.model, mine, max_tokens=settings.micro_batch_tokens)
+        reference = asked.logprobs(commands.model, mine, max_tokens=runtime.pass_tokens(settings.micro_batch_tokens))
         learner.learn(mine, reference, round_number=number)
         if ranks.lead():
             commands.done()
@@ -130,8 +130,9 @@ def checkpoints(commands: Commands) -> None:
     learner = Learner(mixture, commands.model, settings, learning_rate=RATE)
     captured = learner.saver.captured = _Timed()
     captured.set()
+    budget = runtime.pass_tokens(settings.micro_batch_tokens)
     for number, samples in enumerate(commands.rounds(), 1):
-        reference = reference_logprobs(commands.model, samples, max_tokens=settings.micro_batch_tokens)
+        reference = reference_logprobs(commands.model, samples, max_tokens=budget)
         took: list[float] = []
 
         def learn(

@@ -150,7 +150,7 @@ class Learner:
                 lambda batch: self._engine.call(function, batch),
                 wanted,
                 device=self._engine.device,
-                max_tokens=self._settings.micro_batch_tokens,
+                max_tokens=runtime.pass_tokens(self._settings.micro_batch_tokens),
                 stop=stop,
             )
 
@@ -194,7 +194,7 @@ class Learner:
         self, term: Term, samples: Sequence[Sample], round: Round, prepared: Prepared, stop: Callable[[], bool]
     ) -> tuple[float, dict[str, float]]:
         """Adds the gradient of one term of a step to the others'. Returns its mean loss and measures, of all ranks."""
-        objective, budget = term.objective, self._settings.micro_batch_tokens
+        objective, budget = term.objective, runtime.pass_tokens(self._settings.micro_batch_tokens)
         constants = {**prepared.constants, **objective.before_step(round, samples)}
         given = {"reference": round.reference, **prepared.given} if round.reference else prepared.given
         size = sum(map(units, samples))
@@ -235,7 +235,7 @@ class Learner:
             Heads.of(self._model.config.id2label),
             pairs,
             device=self._engine.device,
-            max_tokens=self._settings.micro_batch_tokens,
+            max_tokens=runtime.pass_tokens(self._settings.micro_batch_tokens),
             stop=stop,
         )
 

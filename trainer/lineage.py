@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from thumbwheel.v1.rollout_pb2 import CheckpointManifest, Lineage, ModelRole, Probe
-from trainer import feed, publish
+from trainer import feed, publish, runtime
 from trainer.config import TaskName, TrainerSettings
 from trainer.samples import Sample
 from trainer.staleness import sequence as version_number
@@ -27,7 +27,7 @@ _SETTINGS = (
         "adam_beta2",
         "adam_epsilon",
     ),
-    *("max_grad_norm", "max_length", "micro_batch_tokens", "seed", "zero_stage", "lora_rank", "lora_alpha"),
+    *("max_grad_norm", "max_length", "seed", "zero_stage", "lora_rank", "lora_alpha"),
     "voting_propensity",
 )
 """Those that are not an objective's own."""
@@ -52,6 +52,7 @@ def manifest(
     since.
     """
     general = {name: str(getattr(settings, name)) for name in _SETTINGS}
+    general["micro_batch_tokens"] = str(runtime.pass_tokens(settings.micro_batch_tokens))
     lineage = Lineage(
         objective=objective.name,
         settings=objective.settings() | general | {"learning_rate": repr(settings.learning_rate(task))},

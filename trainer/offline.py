@@ -166,7 +166,8 @@ def _learn(
 
     objective = losses.objective(settings.objective, role, settings, field=_FIELD)
     wanted = objective.referenced(samples)
-    reference = reference_logprobs(start, wanted, max_tokens=settings.micro_batch_tokens, stop=stop) if wanted else {}
+    budget = runtime.pass_tokens(settings.micro_batch_tokens)
+    reference = reference_logprobs(start, wanted, max_tokens=budget, stop=stop) if wanted else {}
     learner = Learner(objective, start, settings, learning_rate=settings.learning_rate)
     lead = runtime.is_lead()
     with progress.line(settings.objective) as on_step:

@@ -47,7 +47,7 @@ class Team:
         Returns all. Raises `Stopped`.
         """
         self._say("reference", path=str(path), wanted=wanted, known=known)
-        budget = self._settings.micro_batch_tokens
+        budget = runtime.pass_tokens(self._settings.micro_batch_tokens)
         with self._stopping():
             found = self._asked.logprobs(path, wanted, max_tokens=budget, stop=self._stop) if wanted else {}
         self._reference = {id: torch.tensor(values) for id, values in (known or {}).items()} | found

@@ -21,7 +21,7 @@ from thumbwheel import errors
 from thumbwheel.auth import ManifestVerifier
 from thumbwheel.checkpoints.store import SAMPLES, LocalStore, VerifiedVersion
 from thumbwheel.v1.rollout_pb2 import ModelRole
-from trainer import balance, calibration
+from trainer import balance, calibration, runtime
 from trainer.encode import record_encoder
 from trainer.reward import pairs as reading
 from trainer.reward.config import ReportSettings
@@ -54,7 +54,7 @@ def run(settings: ReportSettings, stop: Callable[[], bool]) -> Path:
     from trainer.judge import judge_by
 
     def judged(path: Path) -> Judged:
-        return judge_by(path, pairs, max_tokens=settings.micro_batch_tokens, stop=stop)
+        return judge_by(path, pairs, max_tokens=runtime.pass_tokens(settings.micro_batch_tokens), stop=stop)
 
     print(f"judging {version.manifest.version} on {len(pairs):,} pairs", file=sys.stderr)
     now = judged(version.path)

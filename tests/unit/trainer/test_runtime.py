@@ -30,6 +30,16 @@ def test_on_a_gpu_as_well_a_kernel_that_is_not_deterministic_is_refused(monkeypa
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
 
 
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 1024), ("cuda", 4096)])
+def test_a_pass_takes_the_tokens_that_suit_the_device_unless_told(
+    device: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(runtime, "device", lambda: torch.device(device))
+    assert [runtime.pass_tokens(0), runtime.pass_tokens(77)] == [tokens, 77]
+
+
 @pytest.mark.parametrize(("beside_servers", "spins"), [(False, None), (True, "0")])
 def test_only_beside_servers_do_waiting_threads_sleep_at_once(
     monkeypatch: pytest.MonkeyPatch, *, beside_servers: bool, spins: str | None

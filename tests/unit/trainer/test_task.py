@@ -253,6 +253,7 @@ def test_the_manifest_says_what_was_measured_and_how(shared: Shared) -> None:
     assert policy.base_model == reward.base_model != ""
     assert policy.lineage.settings["beta"] == "0.1"
     assert policy.lineage.settings["learning_rate"] == "0.001"
+    assert policy.lineage.settings["micro_batch_tokens"] == str(runtime.pass_tokens(0))
     assert {"loss", "margin", "accuracy", "grad_norm"} <= set(policy.metrics) & set(reward.metrics)
     assert len(policy.probes) == 1
     assert len(policy.probes[0].logprobs) == len(policy.probes[0].token_ids)
