@@ -151,7 +151,7 @@ def whole(samples: Iterable[Sample]) -> list[Row]:
 
 
 def micro_batches(samples: Iterable[Sample], max_tokens: int) -> list[list[Row]]:
-    """Groups samples of similar length, so that rows times longest row is at most `max_tokens`.
+    """Groups samples of similar length, so that rows times longest row is at most `max_tokens`, and little is padding.
 
     Rollouts that do not fit into one row are spread over several; a pair stays together, since its loss is one. A row
     that is too long by itself gets a micro-batch of its own.
@@ -161,7 +161,8 @@ def micro_batches(samples: Iterable[Sample], max_tokens: int) -> list[list[Row]]
 
 def shared(samples: Iterable[Sample], max_tokens: int, rank: int, ranks: int) -> list[tuple[list[Row], bool]]:
     """The micro-batches of one of several ranks, each with whether it counts. Rows are divided so that ranks have about
-    as many tokens. All have as many micro-batches: where another has more, one is done again and does not count.
+    as many tokens. All have as many micro-batches: where another has more, some are divided, and where there is nothing
+    to divide, a row is done again and does not count.
     """
     rows = [part for row in whole(samples) for part in _parts(row, max_tokens)]
     loads = [0] * ranks
@@ -171,27 +172,51 @@ def shared(samples: Iterable[Sample], max_tokens: int, rank: int, ranks: int) ->
         loads[least] += row.tokens
         mine[least].append(row)
     groups = [_grouped(part, max_tokens) for part in mine]
-    longest = max(map(len, groups))
+    most = max(map(len, groups))
+    found = _divided(groups[rank], most)
     spare = [min(rows, key=lambda row: row.tokens)] if rows else []
-    missing = longest - len(groups[rank])
-    return [(group, True) for group in groups[rank]] + [(spare, False)] * missing
+    return [(group, True) for group in found] + [(spare, False)] * (most - len(found))
+
+
+def _divided(groups: Sequence[list[Row]], count: int) -> list[list[Row]]:
+    """So many micro-batches, if there are as many rows, by dividing where that saves most padding."""
+    found = list(groups)
+
+    def saved(cut: tuple[int, int]) -> int:
+        group, at = found[cut[0]], cut[1]
+        return (len(group) - at) * (group[0].tokens - group[at].tokens)
+
+    while len(found) < count:
+        cuts = [(number, at) for number, group in enumerate(found) for at in range(1, len(group))]
+        if not cuts:
+            break
+        number, at = max(cuts, key=saved)
+        found[number : number + 1] = found[number][:at], found[number][at:]
+    return found
 
 
 def _longest_first(row: Row) -> tuple[int, str, int]:
     return -row.tokens, row.sample.id, row.first
 
 
-def _grouped(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
+def _grouped(rows: Iterable[Row], max_tokens: int) -> list[list[Row]]:
+    """Rows by length, the longest first, cut where that costs least: padding, and for each micro-batch `max_tokens` / 8
+    tokens, about what a pass takes however little there is in it.
+    """
+    ordered, each = sorted(rows, key=_longest_first), max_tokens // 8
+    # Of the first rows, so many: the least cost, and where their last micro-batch begins.
+    least, begins = [0.0, *[math.inf] * len(ordered)], [0] * (len(ordered) + 1)
+    for begin, longest in enumerate(row.tokens for row in ordered):
+        for end in range(begin + 1, min(len(ordered), begin + max(1, max_tokens // longest)) + 1):
+            cost = least[begin] + (end - begin) * longest + each
+            if cost < least[end]:
+                least[end], begins[end] = cost, begin
     groups: list[list[Row]] = []
-    longest = 0
-    for row in sorted(rows, key=_longest_first):
-        # Longest first: the first of a group is as long as its rows will be.
-        if groups and (len(groups[-1]) + 1) * longest <= max_tokens:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-            longest = row.tokens
-    return groups
+    end = len(ordered)
+    while end:
+        groups.append(ordered[begins[end] : end])
+        end = begins[end]
+    return groups[::-1]
 
 
 def _parts(row: Row, max_tokens: int) -> list[Row]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,50 @@ def test_micro_batches_keep_the_budget_and_put_like_lengths_together(
     # Groups do not overlap in length, so no other grouping of the same sizes has less padding.
     for longer, shorter in itertools.pairwise(groups):
         assert min(s.tokens for s in longer) >= max(s.tokens for s in shorter)
+
+
+@given(shapes=lengths, budget=st.integers(8, 300))
+def test_no_cut_of_the_rows_has_less_padding_for_its_micro_batches(
+    shapes: list[tuple[int, int, int]], budget: int
+) -> None:
+    samples = sorted(samples_of(shapes[:8]), key=lambda sample: -sample.tokens)
+
+    def cost(groups: Sequence[Sequence[int]]) -> float:
+        if any(len(group) > 1 and len(group) * group[0] > budget for group in groups):
+            return math.inf
+        return sum(len(group) * group[0] + budget // 8 for group in groups)
+
+    sizes = [sample.tokens for sample in samples]
+    found = [[row.tokens for row in group] for group in batch.micro_batches(samples, budget)]
+    cuts = itertools.product([False, True], repeat=len(sizes) - 1)
+    assert cost(found) == min(cost(_cut(sizes, cut)) for cut in cuts)
+
+
+def _cut(sizes: Sequence[int], cut: Sequence[bool]) -> list[list[int]]:
+    groups = [[sizes[0]]]
+    for size, begins in zip(sizes[1:], cut, strict=True):
+        if begins:
+            groups.append([])
+        groups[-1].append(size)
+    return groups
+
+
+@given(shapes=lengths, budget=st.integers(8, 300), ranks=st.integers(1, 5))
+def test_ranks_share_the_rows_in_as_many_micro_batches_and_do_none_twice_if_they_need_not(
+    shapes: list[tuple[int, int, int]], budget: int, ranks: int
+) -> None:
+    samples = samples_of(shapes)
+    shares = [batch.shared(samples, budget, rank, ranks) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    counted = [[group for group, counts in share if counts] for share in shares]
+    assert sorted(row.sample.id for groups in counted for group in groups for row in group) == sorted(
+        sample.id for sample in samples
+    )
+    for groups in counted:
+        assert all(len(group) == 1 or len(group) * group[0].tokens <= budget for group in groups)
+        assert all(group[0].tokens >= row.tokens for group in groups for row in group)
+        if len(groups) < len(shares[0]):  # there was nothing to divide
+            assert all(len(group) == 1 for group in groups)
 
 
 def faults(layout: batch.Batch) -> list[batch.Batch]:
