@@ -76,6 +76,7 @@ class Learner:
     ) -> None:
         self._objective = objective
         self._settings = settings
+        self._budget = runtime.pass_tokens(settings.micro_batch_tokens)
         self.steps_done = steps_done
         """Optimizer steps since the base model."""
         self._states = {term.objective.name: term.objective.initial_state() for term in objective.terms}
@@ -150,7 +151,7 @@ class Learner:
                 lambda batch: self._engine.call(function, batch),
                 wanted,
                 device=self._engine.device,
-                max_tokens=runtime.pass_tokens(self._settings.micro_batch_tokens),
+                max_tokens=self._budget,
                 stop=stop,
             )
 
@@ -194,7 +195,7 @@ class Learner:
         self, term: Term, samples: Sequence[Sample], round: Round, prepared: Prepared, stop: Callable[[], bool]
     ) -> tuple[float, dict[str, float]]:
         """Adds the gradient of one term of a step to the others'. Returns its mean loss and measures, of all ranks."""
-        objective, budget = term.objective, runtime.pass_tokens(self._settings.micro_batch_tokens)
+        objective, budget = term.objective, self._budget
         constants = {**prepared.constants, **objective.before_step(round, samples)}
         given = {"reference": round.reference, **prepared.given} if round.reference else prepared.given
         size = sum(map(units, samples))
@@ -235,7 +236,7 @@ class Learner:
             Heads.of(self._model.config.id2label),
             pairs,
             device=self._engine.device,
-            max_tokens=runtime.pass_tokens(self._settings.micro_batch_tokens),
+            max_tokens=self._budget,
             stop=stop,
         )
 

@@ -22,6 +22,7 @@ def test_the_demo_turns_the_wheel_once(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["requests_failed"] == 0
+    assert 2 * 24 < figures["requests"] < 2 * 96  # both versions were asked 24 questions
     assert figures["feedback_lost"] == 0
     assert figures["feedback_trained"] == 8
     assert figures["feedback_acked"] == 8 + figures["feedback_apart"]

@@ -22,7 +22,7 @@ from tests.unit.trainer.samples import (
 )
 from thumbwheel import errors
 from thumbwheel.v1.rollout_pb2 import ModelRole
-from trainer import batch, losses, models
+from trainer import batch, losses, models, runtime
 from trainer.config import TrainerSettings
 from trainer.inference import Reference, reference_logprobs
 from trainer.learner import Learner, StepReport
@@ -108,6 +108,20 @@ def test_micro_batches_add_up_to_the_gradient_of_the_step(changes: dict[str, obj
     for report in reports[1:]:
         assert report.loss == pytest.approx(reports[0].loss, rel=0.02)
         assert report.grad_norm == pytest.approx(reports[0].grad_norm, rel=0.03)
+
+
+def test_unless_told_passes_take_what_suits_the_device(policy_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets: list[int] = []
+    plain = batch.shared
+
+    def noted(samples: Sequence[Sample], max_tokens: int, rank: int, ranks: int) -> list[tuple[list[batch.Row], bool]]:
+        budgets.append(max_tokens)
+        return plain(samples, max_tokens, rank, ranks)
+
+    monkeypatch.setattr(batch, "shared", noted)
+    samples = make_samples(4)
+    one_step(policy_path, samples, settings_with(micro_batch_tokens=0), with_sums(samples, -40.0, -42.0))
+    assert budgets == [runtime.pass_tokens(0)]
 
 
 def test_a_sample_that_weighs_twice_counts_twice(policy_path: Path) -> None:

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 
 from tests.unit.trainer.samples import make_samples
-from trainer import ranks, team
+from trainer import ranks, runtime, team
 from trainer.config import TrainerSettings
 from trainer.guards import Unfit
 from trainer.inference import Reference
@@ -107,3 +107,12 @@ def test_the_reference_stays_where_a_rank_holds_a_whole_model_anyway(
     monkeypatch.setattr(ranks, "count", lambda: count)
     Team(TrainerSettings.model_validate(changes), lambda: False)
     made.assert_called_once_with(keep=stays)
+
+
+@pytest.mark.usefixtures("said")
+def test_unless_told_the_reference_takes_what_suits_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = Mock()
+    made.return_value.logprobs.return_value = {}
+    monkeypatch.setattr(team, "Reference", made)
+    Team(TrainerSettings(), lambda: False).reference(tmp_path, make_samples(1))
+    assert made.return_value.logprobs.call_args.kwargs["max_tokens"] == runtime.pass_tokens(0)
