@@ -22,10 +22,13 @@ with warnings.catch_warnings():
     from kafka.net.compat import KafkaNetClient
     from kafka.net.inet import KafkaNetSocket
 
-__all__ = ["MAX_MESSAGE_BYTES", "client", "errors", "kafka"]
+__all__ = ["MAX_MESSAGE_BYTES", "SILENT_REQUESTS", "client", "errors", "kafka"]
 
 MAX_MESSAGE_BYTES = 2 * 1024 * 1024
 """Largest record; topics are created with it."""
+
+SILENT_REQUESTS = 2.0
+"""A client that waits may hear nothing for as long as so many requests may take, while the brokers answer others."""
 
 _NOISY = ("net.transport", "net.connection", "net.manager", "cluster", "consumer.fetcher", "producer.sender")
 _NOISE_SECONDS = 60.0
@@ -57,11 +60,22 @@ class _Network(KafkaNetClient):  # type: ignore[misc]
     Never has a broker make a topic: kafka-python takes `allow_auto_create_topics` and forgets it on the way to where it
     counts. A topic that comes into being because somebody asked for it has any number of partitions, and what was on
     its way to one that was lost would be the first record of the new one, before all that is older.
+
+    Connects within the time of one request, for which its clients take no setting: else an attempt that was begun while
+    the network was away, and the last of several, is waited for 36 s.
     """
 
     def __init__(self, **configs: Any) -> None:
-        super().__init__(**configs)
+        most = configs["request_timeout_ms"]
+        super().__init__(
+            **configs | {"socket_connection_setup_timeout_ms": most, "socket_connection_setup_timeout_max_ms": most}
+        )
         self.cluster.config["allow_auto_create_topics"] = False
+
+    def heard_at(self) -> float:
+        """When a broker last said anything, by the monotonic clock; 0 without a connection."""
+        transports = [connection.transport for connection in list(self._manager._conns.values())]
+        return max((transport.last_read for transport in transports if transport is not None), default=0.0)
 
     def close(self, node_id: Any = None) -> None:
         if node_id is None:

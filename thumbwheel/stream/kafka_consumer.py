@@ -17,7 +17,7 @@ from typing import Any
 from prometheus_client import Counter, Gauge
 
 from thumbwheel import errors
-from thumbwheel.stream.kafka_client import MAX_MESSAGE_BYTES, client, kafka
+from thumbwheel.stream.kafka_client import MAX_MESSAGE_BYTES, SILENT_REQUESTS, client, kafka
 from thumbwheel.stream.kafka_client import errors as kafka_errors
 from thumbwheel.stream.kafka_watch import TopicState, Watch
 from thumbwheel.stream.log import Record, TopicPartition
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 READ = Counter("thumbwheel_stream_records_read_total", "Records read.", ["topic", "group"])
 LAG = Gauge("thumbwheel_stream_consumer_lag", "Records between the position and the end.", ["topic", "group"])
+RENEWED = Counter("thumbwheel_stream_consumers_renewed_total", "Times that a new client took over from a silent one.")
 LOSSES = Counter(
     "thumbwheel_stream_log_losses_total", "Times a topic was found lost and made anew.", ["topic", "group"]
 )
@@ -60,6 +61,7 @@ class KafkaLogConsumer:
         self._beyond: dict[TopicPartition, float] = {}  # since when a position has been past the end
         self._seen: Mapping[str, TopicState] = {}
         self._client: Any = None
+        self._silence = 0.0  # for how long the client has waited in vain to hear anything
         self._closed = False
         watch.follow(topics)
 
@@ -70,6 +72,7 @@ class KafkaLogConsumer:
             left = max(deadline - time.monotonic(), 0.0)
             if self._ready(left):
                 batch = self._take(self._fetch(max(deadline - time.monotonic(), 0.0), max_records))
+                self._listen()
                 if batch:
                     return batch
             if time.monotonic() >= deadline:
@@ -249,6 +252,7 @@ class KafkaLogConsumer:
             LAG.labels(name, self._group).set(records)
 
     def _fetch(self, timeout: float, max_records: int) -> Mapping[Any, Sequence[Any]]:
+        began, heard = time.monotonic(), self._client._client.heard_at()
         try:
             fetched: Mapping[Any, Sequence[Any]] = self._client.poll(
                 timeout_ms=int(timeout * 1000), max_records=max_records
@@ -259,9 +263,22 @@ class KafkaLogConsumer:
             if error.retriable or isinstance(error, kafka_errors.KafkaTimeoutError | kafka_errors.NodeNotReadyError):
                 return {}
             raise errors.Internal(f"Reading {', '.join(self._topics)} failed at {self._positions}: {error}.") from error
+        # A broker says also that there is nothing.
+        self._silence = 0.0 if self._client._client.heard_at() > heard else self._silence + time.monotonic() - began
         return fetched
 
+    def _listen(self) -> None:
+        """Gives up a client that has waited in vain for too long while brokers answered others: after a network that
+        swallowed its requests, one may wait for ever.
+        """
+        silent = min(self._silence, self._watch.answering_seconds())
+        if silent > SILENT_REQUESTS * self._configs["request_timeout_ms"] / 1000:
+            logger.warning("a new client takes over: it has heard nothing", extra={"seconds": round(silent, 1)})
+            RENEWED.inc()
+            self._drop_client()
+
     def _drop_client(self) -> None:
+        self._silence = 0.0
         dropped, self._client = self._client, None
         if dropped is not None:
             dropped.close(autocommit=False, timeout_ms=int(_CLOSE_SECONDS * 1000))

@@ -7,7 +7,8 @@
 kafka-python's idempotent producer is finished for good once a broker does not know its id any more, and takes a
 duplicate sequence number for success though a broker that lost its log may mean another's record. So whatever fails for
 another reason than the record itself is sent again through a new client, until its deadline: at least once, and in
-order among what was not acknowledged.
+order among what was not acknowledged. So is what a client says nothing of though the brokers answer: after a network
+that swallowed its requests, one may wait for ever.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 from prometheus_client import Counter
 
 from thumbwheel import errors
-from thumbwheel.stream.kafka_client import MAX_MESSAGE_BYTES, client, kafka
+from thumbwheel.stream.kafka_client import MAX_MESSAGE_BYTES, SILENT_REQUESTS, client, kafka
 from thumbwheel.stream.kafka_client import errors as kafka_errors
 from thumbwheel.stream.kafka_watch import TopicState, Watch
 from thumbwheel.stream.log import Headers, Outcome, Outcomes, Outgoing, Position
@@ -83,6 +84,7 @@ class KafkaLogProducer:
         self._numbers = 0
         self._queues: dict[str, deque[_Pending]] = {}
         self._handed: dict[int, _Pending] = {}
+        self._heard = 0.0  # when the client was last given something to speak of, or spoke
         self._failure = ""  # why the client is not used any more
         self._last_error = "no answer"
         self._closed = self._stopped = False
@@ -166,6 +168,7 @@ class KafkaLogProducer:
         try:
             while not self._stopped:
                 self._expire()
+                self._listen()
                 if self._failure:
                     self._renew()
                 if not self._hand_over():
@@ -197,6 +200,14 @@ class KafkaLogProducer:
                     remedy=f"Check that a broker runs at {self._configs['bootstrap_servers']}, then send it again.",
                 ),
             )
+
+    def _listen(self) -> None:
+        """Gives up a client that has said nothing for too long while the brokers answered others."""
+        longest = SILENT_REQUESTS * self._configs["request_timeout_ms"] / 1000
+        silent = min(time.monotonic() - self._heard, self._watch.answering_seconds())
+        with self._changed:
+            if self._handed and silent > longest:
+                self._failure = self._failure or f"it has said nothing for {silent:.1f} s, and the brokers answer"
 
     def _hand_over(self) -> bool:
         """Gives queued records of topics that exist to the client, unless one that it knows is not the same any more.
@@ -232,6 +243,8 @@ class KafkaLogProducer:
                     pending = self._queues[topic].popleft()
                     if pending.number not in self._unfinished:
                         continue  # its deadline has passed
+                    if not self._handed:
+                        self._heard = time.monotonic()
                     self._handed[pending.number] = pending
                 if not self._give(pending, partition):
                     return False
@@ -265,6 +278,7 @@ class KafkaLogProducer:
             # broker lost its log. Only sending it again is safe.
             self._failed(pending, source, kafka_errors.KafkaError("the broker calls the record a duplicate"))
             return
+        self._heard = time.monotonic()
         self._finish(pending, Position(pending.topic, metadata.partition, metadata.offset))
 
     def _failed(self, pending: _Pending, source: Any, error: Exception) -> None:

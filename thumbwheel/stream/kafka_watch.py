@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -54,6 +55,7 @@ class Watch:
         self._poked = False
         self._last_error = "not asked yet"
         self._up: bool | None = None
+        self._up_since = self._up_last = 0.0
         self._closed = False
         self._admin: Any = None
         self._thread = threading.Thread(target=self._run, name="stream-watch", daemon=True)
@@ -62,6 +64,10 @@ class Watch:
     def topics(self) -> Mapping[str, TopicState]:
         """The topics of the last answer; the same object as long as nothing has changed."""
         return self._topics
+
+    def answering_seconds(self) -> float:
+        """For how long, up to the last answer, every question was answered; 0 where the last one was not."""
+        return self._up_last - self._up_since if self._up else 0.0
 
     def follow(self, names: Iterable[str]) -> None:
         """Topics to ask for from now on."""
@@ -168,7 +174,9 @@ class Watch:
         with self._changed:
             if there != self._topics:
                 self._topics = MappingProxyType(there)
+            self._up_last = time.monotonic()
             if not self._up:
+                self._up_since = self._up_last
                 logger.info("the brokers answer", extra={"servers": self._configs["bootstrap_servers"]})
             self._up, self._answered = True, number
             self._changed.notify_all()

@@ -80,6 +80,7 @@ class KafkaRig:
     def pause(self) -> None:
         assert self.broker.pid is not None
         os.kill(self.broker.pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, self.broker.pid, os.WSTOPPED)  # until all its threads have: a busy machine takes its time
 
     def resume(self) -> None:
         assert self.broker.pid is not None

@@ -153,6 +153,43 @@ def test_a_producer_of_before_a_loss_is_not_waited_for(
     log.close()
 
 
+def test_a_client_that_says_nothing_is_given_up(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one did after a partition of the network: its requests were neither answered nor timed out."""
+    log = KafkaLog(broker.bootstrap_servers, refresh_interval=0.05, request_timeout=0.5)
+    log.ensure_topics([Topic(T)], SECONDS)
+    producer = log.producer()
+    producer.send(T, b"k", b"first").result(SECONDS)
+    before = metric("thumbwheel_stream_producers_renewed_total")
+    monkeypatch.setattr(producer._client, "send", lambda *_, **__: _NoAnswer())
+    waiting = [producer.send(T, b"k", b"%d" % n) for n in range(3)]
+    assert [future.result(SECONDS).offset for future in waiting] == [1, 2, 3]
+    assert metric("thumbwheel_stream_producers_renewed_total") == before + 1
+    producer.close(SECONDS)
+    log.close()
+
+
+def test_a_client_that_hears_nothing_is_given_up(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = KafkaLog(broker.bootstrap_servers, refresh_interval=0.05, request_timeout=0.5)
+    log.ensure_topics([Topic(T)], SECONDS)
+    producer, consumer = log.producer(), log.consumer([T], group="g")
+    before = metric("thumbwheel_stream_consumers_renewed_total")
+    # That there is nothing is heard too: for longer than one may be silent, nobody is.
+    assert consumer.poll(2.0) == []
+    assert metric("thumbwheel_stream_consumers_renewed_total") == before
+
+    def wait(timeout_ms: int, max_records: int) -> dict[object, list[object]]:
+        threading.Event().wait(min(timeout_ms / 1000, 0.05))
+        return {}
+
+    monkeypatch.setattr(consumer._client, "poll", wait)
+    producer.send(T, b"k", b"first").result(SECONDS)
+    assert [record.value for record in consumer.poll(SECONDS)] == [b"first"]
+    assert metric("thumbwheel_stream_consumers_renewed_total") == before + 1
+    consumer.close()
+    producer.close(SECONDS)
+    log.close()
+
+
 def test_a_duplicate_that_is_none_is_not_taken_for_success(log: KafkaLog) -> None:
     """A producer id that a broker has given away again: the sequence number is another record's."""
     producer = log.producer()
@@ -274,6 +311,17 @@ def test_a_topic_made_anew_with_other_partitions_is_read_whole(broker: EmbeddedB
     assert sorted(got, key=int) == [b"%d" % n for n in range(20)]
     consumer.close()
     producer.close(SECONDS)
+
+
+def test_a_connection_is_made_within_the_time_of_a_request(broker: EmbeddedBroker) -> None:
+    """Also the one after many that failed."""
+    made = client(kafka.KafkaAdminClient, bootstrap_servers=broker.bootstrap_servers, request_timeout_ms=2_000)
+    manager = made._manager
+    assert manager.socket_connection_setup_timeout_ms("node") == 2_000
+    for _ in range(6):
+        manager.update_backoff("node")
+        assert manager.socket_connection_setup_timeout_ms("node") <= 1.2 * 2_000  # some of it is chance
+    made.close()
 
 
 def test_nobody_makes_a_topic_by_asking_for_it(broker: EmbeddedBroker) -> None:
