@@ -224,9 +224,13 @@ class Process:
         finally:
             self.kill()
 
-    def children(self) -> list[int]:
-        """The ids of the processes that it has started and that live."""
-        return [child.pid for child in psutil.Process(self.popen.pid).children()]
+    def children(self, module: str) -> list[int]:
+        """The ids of the processes that it has started to run this module, and that live."""
+        found = []
+        for child in psutil.Process(self.popen.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += [child.pid] if module in child.cmdline() else []
+        return found
 
     def kill(self) -> None:
         """kill -9, and its children, also those that lead sessions of their own."""

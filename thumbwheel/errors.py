@@ -22,7 +22,7 @@ A service raises these; `to_status` and `from_rpc_error` are the one boundary at
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
@@ -43,6 +43,16 @@ class ThumbwheelError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message} {self.remedy}".rstrip()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is pickled by its arguments, which leaves out those that have a name.
+        return _restored, (type(self), vars(self))
+
+
+def _restored(kind: type[ThumbwheelError], state: dict[str, Any]) -> ThumbwheelError:
+    error = kind.__new__(kind, state["message"])
+    vars(error).update(state)
+    return error
 
 
 class InvalidArgument(ThumbwheelError):

@@ -12,18 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-import os
-import select
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable
 from typing import Protocol
 
 from services.collector import metrics
+from services.collector.child import Child
 from services.collector.database import Database, Work
 from services.collector.door import Door
 from services.collector.pause import RETRIED, Pause
@@ -32,9 +26,6 @@ from thumbwheel import errors
 
 logger = logging.getLogger(__name__)
 
-TURN_SECONDS = 60.0
-"""Longest that a turn may take; the first one starts the process, and with it opens the database."""
-_CLOSE_SECONDS = 10.0
 _OTHERS_SECONDS = 5.0
 _GATHER_SECONDS = 0.05
 """A turn of one row takes nearly as long as one of many: so long they gather, where nobody waits for them."""
@@ -52,84 +43,16 @@ class Hand(Protocol):
         """Ends it."""
 
 
-class Process:
-    """The second stage in a process of its own, started when it is first needed, and again when it has ended."""
+class TakingProcess(Child):
+    """The second stage in a process of its own."""
 
     def __init__(self, order: Order) -> None:
-        self._order = order
-        self._process: subprocess.Popen[bytes] | None = None
-        self._turn = threading.Lock()
-
-    @property
-    def pid(self) -> int | None:
-        """Its id; None where it does not run."""
-        return None if self._process is None else self._process.pid
+        super().__init__("services.collector.taking", order)
 
     def take(self, limit: int) -> Taken:
-        """As `Taking.take`. Raises `errors.Unavailable`, too, where the process ends or does not answer."""
-        with self._turn:
-            try:
-                process = self._started()
-                assert process.stdin is not None
-                process.stdin.write(b"%d\n" % limit)
-                process.stdin.flush()
-                answer = json.loads(self._line(process))
-            except (OSError, EOFError, ValueError) as error:
-                self._kill()
-                raise errors.Unavailable(
-                    f"The process that records feedback gave no answer: {error}.",
-                    remedy="It is started again; the collector's log says what it met.",
-                ) from error
-        if "error" in answer:
-            raise errors.Unavailable(answer["error"])
-        return Taken(answer["ids"], [tuple(one) for one in answer["told"]])
-
-    def close(self) -> None:
-        """Lets it finish its turn, and ends it."""
-        with self._turn:
-            if self._process is None:
-                return
-            assert self._process.stdin is not None
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_CLOSE_SECONDS)
-            self._kill()
-
-    def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is not None and self._process.poll() is not None:
-            self._kill()
-        if self._process is None:
-            command = [sys.executable, "-m", "services.collector.taking"]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            assert self._process.stdin is not None
-            self._process.stdin.write(self._order.dumped())
-        return self._process
-
-    def _kill(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(OSError):  # what could not be written any more
-                pipe.close()
-
-    def _line(self, process: subprocess.Popen[bytes]) -> bytes:
-        assert process.stdout is not None
-        out, deadline, line = process.stdout.fileno(), time.monotonic() + TURN_SECONDS, b""
-        some_came = select.poll()  # not `select`, which knows no more than 1,024 files
-        some_came.register(out, select.POLLIN)
-        while not line.endswith(b"\n"):
-            if not some_came.poll(max(0.0, deadline - time.monotonic()) * 1e3):
-                raise TimeoutError(f"none within {TURN_SECONDS:g} s")
-            some = os.read(out, 65_536)
-            if not some:
-                raise EOFError("it has ended")
-            line += some
-        return line
+        """As `Taking.take`. Raises as `Child.ask` does: rows may have been recorded."""
+        taken: Taken = self.ask(limit)
+        return taken
 
 
 class Clerk:

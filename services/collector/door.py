@@ -1,29 +1,27 @@
 """Where feedback comes in: group commits to the inbox, and nothing else in front of an acknowledgement.
 
-    admit ──▶ gather ──▶ one thread: BEGIN · acknowledge the group · COMMIT ──▶ futures
+    admit ──▶ gather ──▶ one thread: has the group checked and committed ──▶ futures
 
 A group is what has come while the one before was committed, and what comes then, until it is as large as most of what
-was in flight at that commit's end: callers who were answered come again soon, and a commit of few takes the
-interpreter, which the event loop needs as well, for almost as long as one of many. Whoever comes alone does not wait.
-The thread writes to the inbox alone, which in SQLite is a file of its own, so it waits for no other writer.
+was in flight at that commit's end: callers who were answered come again soon, and a commit of few takes almost as long
+as one of many. Whoever comes alone does not wait. What commits writes to the inbox alone, which in SQLite is a file of
+its own, so it waits for no other writer.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-from sqlalchemy.exc import DBAPIError, IntegrityError
-
-from services.collector import inbox, metrics
-from services.collector.acknowledge import Acknowledged, Incoming, Result, acknowledge
-from services.collector.database import Database
+from services.collector import metrics
+from services.collector.acknowledge import Acknowledged, Result
+from services.collector.admitting import Admitted, Offer, Order
+from services.collector.child import Child
 from services.collector.faults import require_open, require_room, too_long
 from thumbwheel import errors
 
@@ -36,10 +34,32 @@ EXPECTED = 0.8
 """Share of those in flight at a commit's end that the next one waits for."""
 
 
+class Hand(Protocol):
+    """What checks and commits: `admitting.Admitting`, or its process."""
+
+    def admit(self, offers: Sequence[Offer], recorded: Sequence[str]) -> Admitted:
+        """Takes offers in, and out what is recorded."""
+
+    def close(self) -> None:
+        """Ends it."""
+
+
+class AdmittingProcess(Child):
+    """The first stage in a process of its own."""
+
+    def __init__(self, order: Order) -> None:
+        super().__init__("services.collector.admitting", order)
+
+    def admit(self, offers: Sequence[Offer], recorded: Sequence[str]) -> Admitted:
+        """As `Admitting.admit`. Raises as `Child.ask` does: what was offered may have come in."""
+        admitted: Admitted = self.ask((offers, recorded))
+        return admitted
+
+
 class _Admission(NamedTuple):
     """A submission that waits for its commit."""
 
-    incoming: Incoming
+    offer: Offer
     future: asyncio.Future[Acknowledged]
     queued_at: float
 
@@ -72,10 +92,10 @@ class _Group:
 
 
 class Door:
-    """Takes feedback in, for the event loop that is running when it is made. Raises what connecting raises."""
+    """Takes feedback in, for the event loop that is running when it is made. Closes `hand` when it is closed."""
 
-    def __init__(self, database: Database, *, max_pending: int = 4_096, timeout: float = 15.0) -> None:
-        self._database = database
+    def __init__(self, hand: Hand, *, max_pending: int = 4_096, timeout: float = 15.0) -> None:
+        self._hand = hand
         self._max_pending = max_pending
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
@@ -84,27 +104,25 @@ class Door:
         self._timer: asyncio.TimerHandle | None = None
         self._expected, self._told_at = 1, 0.0
         self._groups: queue.SimpleQueue[_Group | None] = queue.SimpleQueue()
-        self._opened = contextlib.ExitStack()
-        self._connection = self._opened.enter_context(database.door())
         self._thread = threading.Thread(target=self._run, name="door", daemon=True)
         self._thread.start()
 
-    async def admit(self, incoming: Incoming) -> Acknowledged:
-        """Returns once the submission is durable. Raises what `acknowledge` refuses with, `errors.NoSpace`,
-        `errors.Unavailable`, `errors.ResourceExhausted` where too many wait, and `errors.DeadlineExceeded`, after which
-        it may still come in.
+    async def admit(self, offer: Offer) -> Acknowledged:
+        """Returns once the submission is durable. Raises what it is refused with by `Checker.check` and `acknowledge`,
+        `errors.NoSpace`, `errors.ResourceExhausted` where too many wait, and `errors.Unavailable` and
+        `errors.DeadlineExceeded`, after which it may still come in.
         """
         require_open(closed=self._closed)
         require_room(len(self._waiting), self._max_pending, "submissions")
         future: asyncio.Future[Acknowledged] = self._loop.create_future()
-        return await self._wait(_Admission(incoming, future, time.perf_counter()), future)
+        return await self._wait(_Admission(offer, future, time.perf_counter()), future)
 
-    async def admit_all(self, incoming: Sequence[Incoming]) -> list[Result]:
+    async def admit_all(self, offers: Sequence[Offer]) -> list[Result]:
         """As `admit`, of many: returns of each what it came to, or what `admit` would have raised, in their order. They
         share commits, and the deadline.
         """
         futures: list[asyncio.Future[Acknowledged]] = []
-        for one in incoming:
+        for one in offers:
             future: asyncio.Future[Acknowledged] = self._loop.create_future()
             futures.append(future)
             try:
@@ -150,7 +168,7 @@ class Door:
             self._hand_over()
         self._groups.put(None)
         await asyncio.to_thread(self._thread.join)
-        self._opened.close()
+        await asyncio.to_thread(self._hand.close)
 
     def _expire(self, *futures: asyncio.Future[Any]) -> None:
         for future in futures:
@@ -194,31 +212,20 @@ class Door:
 
     def _committed(self, group: _Group) -> list[tuple[Any, Any]]:
         """What became of each, by its future."""
-        results = self._commit([one.incoming for one in group.admissions], group.ids)
-        now = time.perf_counter()
-        if group.admissions:
-            metrics.COMMIT_WRITES.observe(len(group.admissions))
-        for one in group.admissions:
-            metrics.COMMIT_SECONDS.observe(now - one.queued_at)
-        dropped = results.pop()
-        futures = [one.future for one in group.admissions]
-        return [*zip(futures, results, strict=True), *((one.future, dropped) for one in group.drops)]
-
-    def _commit(self, incoming: Sequence[Incoming], ids: Sequence[str], *, again: bool = True) -> list[Any]:
-        """Commits all together; where that fails, each by itself. Returns what each came to, and last the drop."""
+        admissions = group.admissions
+        results: Sequence[Any]
+        fault: Any
         try:
-            with self._connection.begin():
-                inbox.drop(self._connection, ids)
-                return [*acknowledge(self._connection, incoming), None]
+            results, fault = self._hand.admit([one.offer for one in admissions], group.ids)
         except Exception as error:  # noqa: BLE001  # it goes to the callers, whatever it is
-            if len(incoming) > 1 or (incoming and ids):
-                alone = [self._commit([one], ())[0] for one in incoming]
-                return [*alone, self._commit([], ids)[-1]]
-            # A key that exists by now: another collector on this database was faster. Run again, it is seen.
-            if isinstance(error, IntegrityError) and again:
-                return self._commit(incoming, ids, again=False)
-            fault = self._database.translated(error) if isinstance(error, DBAPIError) else error
-            return [*[fault] * len(incoming), fault]
+            results, fault = [error] * len(admissions), error
+        now = time.perf_counter()
+        if admissions:
+            metrics.COMMIT_WRITES.observe(len(admissions))
+        for one in admissions:
+            metrics.COMMIT_SECONDS.observe(now - one.queued_at)
+        futures = [one.future for one in admissions]
+        return [*zip(futures, results, strict=True), *((one.future, fault) for one in group.drops)]
 
     def _tell(self, outcomes: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
         """Resolves the futures of a group, and goes on to the next."""

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
-from services.collector import guide, inbox, ledger, listing, metrics, outbox
-from services.collector.acknowledge import Acknowledged, Incoming
+from services.collector import admitting, guide, inbox, ledger, listing, metrics, outbox, taking
+from services.collector.acknowledge import Acknowledged, Result
+from services.collector.admitting import Offer
 from services.collector.asking import Asking
-from services.collector.clerk import Clerk, Process
+from services.collector.clerk import Clerk, TakingProcess
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
-from services.collector.door import Door
+from services.collector.door import AdmittingProcess, Door
 from services.collector.ingest import Ingest
 from services.collector.intake import Curator
 from services.collector.raters import Assessor
@@ -30,11 +31,9 @@ from services.collector.rights.eraser import Eraser
 from services.collector.rights.redaction import Redaction
 from services.collector.rights.spools import Spools
 from services.collector.rights.tenants import Tenants
-from services.collector.submission import Checker, Submission, check_id
-from services.collector.taking import Order
+from services.collector.submission import check_id
 from thumbwheel import errors, serving, tracing
 from thumbwheel.access import Security
-from thumbwheel.auth import ReceiptKey
 from thumbwheel.channels import Metadata, bearer, check_key, key_from_environment, open_channel
 from thumbwheel.stream import open_log
 from thumbwheel.tls import ClientTls
@@ -87,7 +86,6 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
     def __init__(
         self,
         database: Database,
-        checker: Checker,
         curator: Curator,
         asking: Asking,
         eraser: Eraser,
@@ -97,7 +95,6 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
         timeout: float = 15.0,
     ) -> None:
         self._database = database
-        self._checker = checker
         self._curator = curator
         self._asking = asking
         self._eraser = eraser
@@ -215,36 +212,23 @@ class Preferences(preference_pb2_grpc.PreferenceServiceServicer):
 
     async def _submit(self, feedback: Feedback, tenant: str, traceparent: str) -> SubmitFeedbackResponse:
         with _counted():
-            submission = self._checker.check(feedback, tenant=tenant)
-            acknowledged = await self._door.admit(Incoming(submission, traceparent))
+            acknowledged = await self._door.admit(Offer(tenant, feedback.SerializeToString(), traceparent))
         return self._answer(feedback, acknowledged)
 
     async def _each(self, feedback: Sequence[Feedback], tenant: str, traceparent: str) -> list[FeedbackResult]:
         """What became of each. They are written in their order, some at a time, which share commits."""
         found: list[FeedbackResult] = []
         for start in range(0, len(feedback), AT_ONCE):
-            found += await self._some(feedback[start : start + AT_ONCE], tenant, traceparent)
+            some = feedback[start : start + AT_ONCE]
+            offers = [Offer(tenant, piece.SerializeToString(), traceparent) for piece in some]
+            found += map(self._result, some, await self._door.admit_all(offers))
         return found
 
-    async def _some(self, feedback: Sequence[Feedback], tenant: str, traceparent: str) -> list[FeedbackResult]:
-        checked = [self._checked(piece, tenant) for piece in feedback]
-        incoming = [Incoming(one, traceparent) for one in checked if isinstance(one, Submission)]
-        admitted = iter(await self._door.admit_all(incoming))
-        found: list[FeedbackResult] = []
-        for piece, one in zip(feedback, checked, strict=True):
-            result = next(admitted) if isinstance(one, Submission) else one
-            if isinstance(result, errors.ThumbwheelError):
-                metrics.refused(result)
-                found.append(FeedbackResult(refused=refusal(result)))
-            else:
-                found.append(FeedbackResult(recorded=self._answer(piece, result)))
-        return found
-
-    def _checked(self, feedback: Feedback, tenant: str) -> Submission | errors.ThumbwheelError:
-        try:
-            return self._checker.check(feedback, tenant=tenant)
-        except errors.ThumbwheelError as error:
-            return error
+    def _result(self, feedback: Feedback, result: Result) -> FeedbackResult:
+        if isinstance(result, errors.ThumbwheelError):
+            metrics.refused(result)
+            return FeedbackResult(refused=refusal(result))
+        return FeedbackResult(recorded=self._answer(feedback, result))
 
     def _answer(self, feedback: Feedback, acknowledged: Acknowledged) -> SubmitFeedbackResponse:
         """Sees to what follows from an acknowledgement."""
@@ -302,10 +286,20 @@ async def opened(settings: CollectorSettings) -> AsyncIterator[Database]:
 
 
 @contextlib.asynccontextmanager
-async def opened_door(database: Database, settings: CollectorSettings) -> AsyncIterator[Door]:
-    """Where feedback comes in; at the end, what waits there is made durable."""
-    door = Door(database, max_pending=settings.max_pending_writes, timeout=settings.write_timeout_seconds)
+async def opened_door(settings: CollectorSettings) -> AsyncIterator[Door]:
+    """Where feedback comes in, once its process runs; at the end, what waits there is made durable."""
+    hand = AdmittingProcess(
+        admitting.Order(
+            settings.database_url,
+            settings.keys_path,
+            settings.max_text_bytes,
+            settings.tenants_path,
+            settings.log_level,
+        )
+    )
+    door = Door(hand, max_pending=settings.max_pending_writes, timeout=settings.write_timeout_seconds)
     try:
+        await asyncio.to_thread(hand.admit, [], [])  # it runs, or says why not
         yield door
     finally:
         await door.close()
@@ -314,7 +308,6 @@ async def opened_door(database: Database, settings: CollectorSettings) -> AsyncI
 async def collect(settings: CollectorSettings) -> None:
     """Runs the collector until SIGTERM. Feedback is taken while the broker is away, and published when it is back."""
     tenants = Tenants.load(settings.tenants_path)
-    checker = Checker(ReceiptKey.load(settings.keys_path), settings.max_text_bytes, tenants)
     redaction = Redaction(tenants)
     curator = Curator(settings.rules)
     spools = Spools.of(settings)
@@ -322,18 +315,18 @@ async def collect(settings: CollectorSettings) -> None:
     try:
         async with (
             opened(settings) as database,
-            opened_door(database, settings) as door,
+            opened_door(settings) as door,
             reward_service(settings) as (reward, metadata),
         ):
             relay = Relay(database, log, settings, redaction)
             ingest = Ingest(database, log, settings, curator, relay.wake, tenants)
             assessor = Assessor(database, settings.rules, settings.assess_seconds, relay.wake)
-            order = Order(settings.database_url, settings.rules, settings.log_level)
-            clerk = Clerk(database, door, Process(order), relay.wake, settings.max_backoff_seconds)
+            order = taking.Order(settings.database_url, settings.rules, settings.log_level)
+            clerk = Clerk(database, door, TakingProcess(order), relay.wake, settings.max_backoff_seconds)
             eraser = Eraser(database, settings, tenants, relay.wake, spools, clerk)
             asking = Asking(database, reward, metadata, settings.shares, settings.pick_window)
             timeout = settings.write_timeout_seconds
-            preferences = Preferences(database, checker, curator, asking, eraser, door, clerk, relay.wake, timeout)
+            preferences = Preferences(database, curator, asking, eraser, door, clerk, relay.wake, timeout)
             await serving.serve(
                 process="collector",
                 listen=settings.listen,

@@ -5,32 +5,28 @@
 A row leaves the inbox once the transaction that records it is durable. Who dies in between leaves it in both, and it is
 passed over the next time: each counts exactly once.
 
-`python -m services.collector.taking` does so for a collector, in a process of its own and at a lower priority, so that
-acknowledging goes first. On its standard input come one line of JSON with what it needs, and then a line with a number
-for each time that it is to take so many rows; it answers each with a line of JSON. It ends when its input does.
+A collector has this in a process of its own (`child`), at a lower priority, so that acknowledging goes first; it is
+asked to take so many rows.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import os
-import signal
-import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import IO, NamedTuple, Self
+from typing import NamedTuple
 
 from services.collector import inbox, intake
-from services.collector.curation.settings import CurationSettings
 from services.collector.database import Database
 from services.collector.inbox import Waiting
 from services.collector.intake import Curator
 from services.collector.pause import RETRIED
 from services.collector.records import Recorded
 from services.collector.rules import Rules
-from thumbwheel import errors, telemetry
+from thumbwheel import telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -108,61 +104,26 @@ class Order(NamedTuple):
     rules: Rules
     log_level: str
 
-    def dumped(self) -> bytes:
-        """As one line of JSON."""
-        rules = {"curation": self.rules.curation.model_dump(mode="json"), "learn_from_cut": self.rules.learn_from_cut}
-        return json.dumps({"database": self.database, "rules": rules, "log_level": self.log_level}).encode() + b"\n"
 
-    @classmethod
-    def loaded(cls, line: bytes) -> Self:
-        """Of such a line."""
-        said = json.loads(line)
-        curation = CurationSettings.model_validate(said["rules"]["curation"])
-        return cls(said["database"], Rules(curation, said["rules"]["learn_from_cut"]), said["log_level"])
-
-
-def serve(orders: IO[bytes], answers: IO[bytes]) -> None:
-    """Does what it is told until there are no more orders."""
-    line = orders.readline()
-    if not line:
-        return
-    order = Order.loaded(line)
+@contextlib.contextmanager
+def opened(order: Order) -> Iterator[Callable[[int], Taken]]:
+    """What answers the clerk."""
+    os.nice(NICENESS)
     telemetry.setup_logging("collector", order.log_level)
     database = Database(order.database)
     taking = Taking(database, order.rules)
     untidy = 0
+
+    def take(limit: int) -> Taken:
+        nonlocal untidy
+        taken = taking.take(limit)
+        untidy += len(taken.ids)
+        if untidy >= _TIDY_ROWS or (untidy and not taken.ids):
+            database.tidy()
+            untidy = 0
+        return taken
+
     try:
-        for line in orders:
-            try:
-                taken = taking.take(int(line))
-                untidy += len(taken.ids)
-                if untidy >= _TIDY_ROWS or (untidy and not taken.ids):
-                    database.tidy()
-                    untidy = 0
-                answer: dict[str, object] = taken._asdict()
-            except RETRIED as error:
-                answer = {"error": str(error)}
-            answers.write(json.dumps(answer).encode() + b"\n")
-            answers.flush()
+        yield take
     finally:
         database.close()
-
-
-def main() -> None:
-    """Serves the process that started this one."""
-    for signum in (signal.SIGTERM, signal.SIGINT):  # sent to all of a terminal or container: it ends with its input
-        signal.signal(signum, signal.SIG_IGN)
-    os.nice(NICENESS)
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever is printed is no answer
-    try:
-        serve(sys.stdin.buffer, answers)
-    except BrokenPipeError:
-        pass  # nobody is there for the answer any more
-    except errors.ThumbwheelError as error:
-        logger.critical("%s", error)
-        raise SystemExit(1) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -34,8 +34,8 @@ PAUSE_SECONDS = 0.15
 KILLS_AN_EPISODE = 20
 SETTLE_SECONDS = 90.0
 _TARGETS = {
-    "sqlite": {"collector": 4, "taker": 3, "relay": 3, "broker": 3},
-    "postgres": {"collector": 3, "taker": 3, "relay": 3, "broker": 2, "database": 4},
+    "sqlite": {"collector": 4, "admitting": 3, "taking": 3, "relay": 3, "broker": 3},
+    "postgres": {"collector": 3, "admitting": 3, "taking": 3, "relay": 3, "broker": 2, "database": 4},
 }
 
 
@@ -100,7 +100,7 @@ async def _serve(made: Cluster, load: Load) -> None:
 
 async def _kill(made: Cluster, target: str, draw: random.Random, load: Load) -> None:
     """kill -9, some time without it, and a new start. The relay is killed when there is something for it to publish.
-    The taker, the process that records what the collector acknowledged, is started again by the collector.
+    The processes of its two stages, which take in and record what it acknowledges, are started again by the collector.
     """
     away = draw.uniform(0.0, 0.3)
     match target:
@@ -108,8 +108,8 @@ async def _kill(made: Cluster, target: str, draw: random.Random, load: Load) -> 
             made.collector.kill()
             await asyncio.sleep(away)
             await asyncio.to_thread(made.start_collector)
-        case "taker":
-            for child in made.collector.children():
+        case "admitting" | "taking":
+            for child in made.collector.children(f"services.collector.{target}"):
                 os.kill(child, signal.SIGKILL)
         case "relay":
             await _until_it_publishes(made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import time
 
 import grpc
@@ -283,6 +284,21 @@ def test_an_unknown_role_is_refused_by_the_client() -> None:
     with pytest.raises(errors.InvalidArgument) as caught:
         to_prompt([("user", "hi"), ("robot", "hello")])  # type: ignore[list-item]  # the point of it
     assert caught.value.field == "prompt.chat.messages[1].role"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.NoSpace("The disk is full.", remedy="Free some."),
+        errors.InvalidArgument("is empty.", field="feedback.user_id"),
+        errors.ResourceExhausted("Too many.", retry_after=1.5, remedy="Wait."),
+    ],
+)
+def test_an_error_is_the_same_in_another_process(error: errors.ThumbwheelError) -> None:
+    there, here = multiprocessing.Pipe()
+    there.send(error)
+    restored = here.recv()
+    assert (type(restored), str(restored), vars(restored)) == (type(error), str(error), vars(error))
 
 
 def test_an_unknown_status_is_internal() -> None:

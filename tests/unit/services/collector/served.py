@@ -14,6 +14,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from services.collector import outbox
+from services.collector.admitting import Admitting
 from services.collector.asking import Asking
 from services.collector.clerk import Clerk
 from services.collector.config import CollectorSettings
@@ -57,15 +58,14 @@ async def hands_off(database: Database, deployment: Deployment, settings: Collec
     """A service whose second stage does nothing until `client.work.run` runs."""
     server = grpc.aio.server()
     port = server.add_insecure_port("127.0.0.1:0")
-    door = Door(database)
+    door = Door(Admitting(database, Checker(deployment.key, 1_000)))
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         client = Client(channel, f"127.0.0.1:{port}", database)
         client.work = Clerk(database, door, Taking(database, Rules()), client.wake, 0.05)
         client.eraser = Eraser(database, settings, Tenants(), lambda: None, clerk=client.work)
         asking = Asking(database, draw=random.Random(0))
-        checker = Checker(deployment.key, 1_000)
         preferences = Preferences(
-            database, checker, curator_of(database), asking, client.eraser, door, client.work, client.wake, 5.0
+            database, curator_of(database), asking, client.eraser, door, client.work, client.wake, 5.0
         )
         preference_pb2_grpc.add_PreferenceServiceServicer_to_server(preferences, serving.guarded(server))
         await server.start()

@@ -16,9 +16,10 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
 from services.collector import acknowledge as acknowledging
+from services.collector import admitting, inbox
 from services.collector import door as doors
-from services.collector import inbox
 from services.collector.acknowledge import Acknowledged, Incoming
+from services.collector.admitting import Admitting, Offer
 from services.collector.config import CollectorSettings
 from services.collector.database import Database, migrate
 from services.collector.door import Door
@@ -35,21 +36,24 @@ Admit = Callable[[Feedback], "asyncio.Task[Acknowledged]"]
 
 
 @pytest.fixture
-async def door(database: Database) -> AsyncIterator[Door]:
-    door = Door(database, max_pending=8)
+def hand(database: Database, deployment: Deployment) -> Admitting:
+    return Admitting(database, Checker(deployment.key, 1_000))
+
+
+@pytest.fixture
+async def door(hand: Admitting) -> AsyncIterator[Door]:
+    door = Door(hand, max_pending=8)
     yield door
     await door.close()
 
 
 @pytest.fixture
-def admit(door: Door, deployment: Deployment) -> Admit:
-    checker = Checker(deployment.key, 1_000)
+def admit(door: Door) -> Admit:
+    return lambda feedback: asyncio.create_task(door.admit(offer(feedback)))
 
-    def admitted(feedback: Feedback) -> asyncio.Task[Acknowledged]:
-        incoming = Incoming(checker.check(feedback, tenant="default"))
-        return asyncio.create_task(door.admit(incoming))
 
-    return admitted
+def offer(feedback: Feedback) -> Offer:
+    return Offer("default", feedback.SerializeToString())
 
 
 class Held:
@@ -66,7 +70,7 @@ class Held:
             assert self.release.wait(10)
             return acknowledge(connection, incoming)
 
-        monkeypatch.setattr(doors, "acknowledge", held)
+        monkeypatch.setattr(admitting, "acknowledge", held)
 
     async def first(self) -> None:
         """Returns when the first commit waits."""
@@ -199,16 +203,14 @@ async def test_too_many_are_refused_until_some_are_durable(
 
 
 async def test_a_submission_has_a_deadline(
-    database: Database, deployment: Deployment, settings: CollectorSettings, monkeypatch: pytest.MonkeyPatch
+    hand: Admitting, deployment: Deployment, settings: CollectorSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held, door = Held(monkeypatch), Door(database, timeout=0.05)
-    checker, event = Checker(deployment.key, 1_000), deployment.generation()
-    first = asyncio.create_task(
-        door.admit(Incoming(checker.check(parts.comment(event, "1", key="1"), tenant="default")))
-    )
+    held, door = Held(monkeypatch), Door(hand, timeout=0.05)
+    event = deployment.generation()
+    first = asyncio.create_task(door.admit(offer(parts.comment(event, "1", key="1"))))
     await held.first()
     with pytest.raises(errors.DeadlineExceeded):
-        await door.admit(Incoming(checker.check(parts.comment(event, "2", key="2"), tenant="default")))
+        await door.admit(offer(parts.comment(event, "2", key="2")))
     with pytest.raises(errors.DeadlineExceeded):
         await first
     held.release.set()
@@ -219,13 +221,13 @@ async def test_a_submission_has_a_deadline(
 async def test_each_of_many_comes_to_its_own(
     door: Door, deployment: Deployment, settings: CollectorSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held, checker, event = Held(monkeypatch), Checker(deployment.key, 1_000), deployment.generation()
+    held, event = Held(monkeypatch), deployment.generation()
 
-    def incoming(text: str, key: str) -> Incoming:
-        return Incoming(checker.check(parts.comment(event, text, key=key), tenant="default"))
+    def comment(text: str, key: str) -> Offer:
+        return offer(parts.comment(event, text, key=key))
 
-    many = [incoming(str(i), str(i)) for i in range(6)]
-    mine = asyncio.create_task(door.admit_all([*many, incoming("0", "0"), incoming("other", "0"), *many]))
+    many = [comment(str(i), str(i)) for i in range(6)]
+    mine = asyncio.create_task(door.admit_all([*many, comment("0", "0"), comment("other", "0"), *many]))
     await held.first()
     held.release.set()
     results = await mine
@@ -240,30 +242,44 @@ async def test_each_of_many_comes_to_its_own(
     assert held.groups == [8]
 
 
-async def test_many_share_a_deadline(
-    database: Database, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    held, door = Held(monkeypatch), Door(database, timeout=0.05)
-    checker, event = Checker(deployment.key, 1_000), deployment.generation()
-    pieces = [parts.comment(event, str(i), key=str(i)) for i in range(3)]
-    results = await door.admit_all([Incoming(checker.check(piece, tenant="default")) for piece in pieces])
+async def test_many_share_a_deadline(hand: Admitting, deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, door = Held(monkeypatch), Door(hand, timeout=0.05)
+    event = deployment.generation()
+    offers = [offer(parts.comment(event, str(i), key=str(i))) for i in range(3)]
+    results = await door.admit_all(offers)
     assert [type(one) for one in results] == [errors.DeadlineExceeded] * 3
     held.release.set()
     await door.close()
-    refused = await door.admit_all([Incoming(checker.check(pieces[0], tenant="default"))])
+    refused = await door.admit_all(offers[:1])
     assert [type(one) for one in refused] == [errors.Unavailable]
 
 
-async def test_a_fault_that_is_no_refusal_fails_all_of_a_call(
-    door: Door, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+async def test_a_fault_of_ours_is_said_to_be_one(
+    door: Door, deployment: Deployment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(connection: Connection, incoming: Sequence[Incoming]) -> list[acknowledging.Result]:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(doors, "acknowledge", broken)
-    comment = parts.comment(deployment.generation(), "x")
+    monkeypatch.setattr(admitting, "acknowledge", broken)
+    [refused] = await door.admit_all([offer(parts.comment(deployment.generation(), "x"))])
+    assert isinstance(refused, errors.Internal)
+    assert str(refused) == "The feedback met a fault of ours: ZeroDivisionError. The collector's log says more."
+    assert "ZeroDivisionError" in caplog.text
+
+
+async def test_a_hand_that_fails_fails_all_of_a_call(deployment: Deployment) -> None:
+    class Broken:
+        def admit(self, offers: Sequence[Offer], recorded: Sequence[str]) -> admitting.Admitted:
+            raise ZeroDivisionError
+
+        def close(self) -> None: ...
+
+    door = Door(Broken())
     with pytest.raises(ZeroDivisionError):
-        await door.admit_all([Incoming(Checker(deployment.key, 1_000).check(comment, tenant="default"))])
+        await door.admit_all([offer(parts.comment(deployment.generation(), "x"))])
+    with pytest.raises(ZeroDivisionError):
+        await door.drop(["x"])
+    await door.close()
 
 
 async def test_a_key_taken_meanwhile_is_seen_the_second_time(
@@ -296,7 +312,7 @@ async def test_what_fails_fails_alone(
     event = deployment.generation()
     pieces = [admit(parts.comment(event, key, key=key)) for key in ("a", "bad", "b")]
     outcomes = await asyncio.gather(*pieces, return_exceptions=True)
-    assert [type(one) for one in outcomes] == [Acknowledged, ZeroDivisionError, Acknowledged]
+    assert [type(one) for one in outcomes] == [Acknowledged, errors.Internal, Acknowledged]
     assert in_file(settings) == ["a", "b"]
 
 
@@ -318,19 +334,19 @@ async def test_acknowledging_waits_for_nobody_who_writes_the_record(
 
 
 async def test_closing_makes_durable_what_waits(
-    database: Database, deployment: Deployment, settings: CollectorSettings, monkeypatch: pytest.MonkeyPatch
+    hand: Admitting, deployment: Deployment, settings: CollectorSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held, door = Held(monkeypatch), Door(database)
-    checker, event = Checker(deployment.key, 1_000), deployment.generation()
-    incoming = [Incoming(checker.check(parts.comment(event, "x", key=str(i)), tenant="default")) for i in range(300)]
-    tasks = [asyncio.create_task(door.admit(one)) for one in incoming]
+    held, door = Held(monkeypatch), Door(hand)
+    event = deployment.generation()
+    offers = [offer(parts.comment(event, "x", key=str(i))) for i in range(300)]
+    tasks = [asyncio.create_task(door.admit(one)) for one in offers]
     await held.first()
     held.release.set()
     await door.close()
     await asyncio.gather(*tasks)
     assert len(in_file(settings)) == 300
     with pytest.raises(errors.Unavailable):
-        await door.admit(incoming[0])
+        await door.admit(offers[0])
 
 
 async def test_many_cost_as_many_statements_as_few(

@@ -72,12 +72,17 @@ async def test_what_is_generated_in_bulk_is_passed_by(
 ) -> None:
     rollout, shown = deployment.generation("rollout"), deployment.generation("shown")
     rollout.bulk = True
-    before = REGISTRY.get_sample_value("thumbwheel_collector_generations_total") or 0.0
+
+    async def counted() -> float:
+        return REGISTRY.get_sample_value("thumbwheel_collector_generations_total") or 0.0
+
+    before = await counted()
     publish(log, rollout, shown, rollout)
     async with running(database, log, settings):
         await eventually(partial(consumed, database), lambda count: count == 3)
+        await eventually(counted, lambda count: count > before)  # after the commit
     assert await stored(database) == {shown.event_id: shown}
-    assert REGISTRY.get_sample_value("thumbwheel_collector_generations_total") == before + 1, "the vote rate's base"
+    assert await counted() == before + 1, "the vote rate's base"
 
 
 async def test_late_generations_join_what_was_held(

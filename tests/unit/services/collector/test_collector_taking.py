@@ -15,9 +15,9 @@ from sqlalchemy import Connection
 from services.collector import clerk as clerks
 from services.collector import inbox, intake, outbox, tables
 from services.collector.acknowledge import Acknowledged, Incoming, acknowledge
-from services.collector.clerk import Clerk, Process
+from services.collector.admitting import Admitting, Offer
+from services.collector.clerk import Clerk, TakingProcess
 from services.collector.config import CollectorSettings
-from services.collector.curation.settings import CurationSettings
 from services.collector.database import Database
 from services.collector.door import Door
 from services.collector.records import Recorded
@@ -183,39 +183,33 @@ async def test_taken_many_or_one_at_a_time_it_comes_to_the_same(
         again.close()
 
 
-def test_an_order_says_what_it_said() -> None:
-    order = Order("sqlite:///x.db", Rules(CurationSettings(user_votes_per_day=7), learn_from_cut=True), "error")
-    assert Order.loaded(order.dumped()) == order
-
-
 @pytest.fixture
-def hand(settings: CollectorSettings) -> Iterator[Process]:
+def hand(settings: CollectorSettings) -> Iterator[TakingProcess]:
     """The real process."""
-    process = Process(Order(settings.database_url, Rules(), "info"))
+    process = TakingProcess(Order(settings.database_url, Rules(), "info"))
     yield process
     process.close()
 
 
 @pytest.fixture
-async def door(database: Database) -> AsyncIterator[Door]:
-    door = Door(database)
+async def door(database: Database, deployment: Deployment) -> AsyncIterator[Door]:
+    door = Door(Admitting(database, Checker(deployment.key, 1_000)))
     yield door
     await door.close()
 
 
 async def test_a_process_records_and_is_started_again_when_it_dies(
-    database: Database, deployment: Deployment, door: Door, hand: Process
+    database: Database, deployment: Deployment, door: Door, hand: TakingProcess
 ) -> None:
     event = deployment.generation()
     await store(database, event)
     woken: list[bool] = []
     clerk = Clerk(database, door, hand, lambda: woken.append(True), 0.05)
     working = asyncio.create_task(clerk.run())
-    checker = Checker(deployment.key, 1_000)
     ids = []
     for number in range(60):
-        submission = checker.check(parts.comment(event, str(number)), tenant="default")
-        ids.append((await door.admit(Incoming(submission))).feedback_id)
+        offer = Offer("default", parts.comment(event, str(number)).SerializeToString())
+        ids.append((await door.admit(offer)).feedback_id)
         clerk.wake()
         if number in (20, 40):
             await eventually(partial(database.read, outbox.levels), lambda levels: levels.unrecorded == 0)
@@ -238,8 +232,7 @@ async def test_who_waits_for_what_gathers_does_not_wait_until_it_has(
     clerk = Clerk(database, door, Taking(database, Rules()), lambda: None, 0.05)
     working = asyncio.create_task(clerk.run())
     for _ in range(2):
-        submission = Checker(deployment.key, 1_000).check(parts.comment(deployment.generation(), "x"), tenant="default")
-        made = await door.admit(Incoming(submission))
+        made = await door.admit(Offer("default", parts.comment(deployment.generation(), "x").SerializeToString()))
         clerk.wake()
         await clerk.settled(partial(inbox.holds, tenant="default", feedback_id=made.feedback_id), 10.0)
     assert len(recorded(database)) == 2
@@ -248,7 +241,7 @@ async def test_who_waits_for_what_gathers_does_not_wait_until_it_has(
 
 
 async def test_a_process_that_cannot_start_says_so(tmp_path: Path) -> None:
-    process = Process(Order(f"sqlite:///{tmp_path}/no/\0.db", Rules(), "info"))
+    process = TakingProcess(Order(f"sqlite:///{tmp_path}/no/\0.db", Rules(), "info"))
     with pytest.raises(errors.Unavailable, match="gave no answer"):
         await asyncio.to_thread(process.take, 1)
     process.close()

@@ -14,6 +14,7 @@ import grpc.aio
 import pytest
 
 from services.collector import outbox
+from services.collector.admitting import Admitting
 from services.collector.asking import Asking
 from services.collector.clerk import Clerk
 from services.collector.config import CollectorSettings
@@ -40,13 +41,12 @@ THEIRS = ((serving.TENANT_KEY, "theirs"),)
 async def address(database: Database, deployment: Deployment, settings: CollectorSettings) -> AsyncIterator[str]:
     server = grpc.aio.server()
     port = server.add_insecure_port("127.0.0.1:0")
-    door = Door(database)
+    door = Door(Admitting(database, Checker(deployment.key, 1_000)))
     clerk = Clerk(database, door, Taking(database, Rules()), lambda: None, 0.05)
     eraser = Eraser(database, settings, Tenants(), lambda: None, clerk=clerk)
     asking = Asking(database, draw=random.Random(0))
     curator = parts.curator_of(database)
-    checker = Checker(deployment.key, 1_000)
-    service = Preferences(database, checker, curator, asking, eraser, door, clerk, lambda: None)
+    service = Preferences(database, curator, asking, eraser, door, clerk, lambda: None)
     preference_pb2_grpc.add_PreferenceServiceServicer_to_server(service, serving.guarded(server))
     await server.start()
     working = [asyncio.create_task(eraser.run()), asyncio.create_task(clerk.run())]
