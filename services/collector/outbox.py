@@ -8,7 +8,8 @@ held, everything is published again from here; `thumbwheel collector replay` doe
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from google.protobuf.message import Message
@@ -18,7 +19,8 @@ from services.collector.metrics import Levels
 from services.collector.tables import feedback, held, inbox, outbox, positions, topic_ids, unpublished
 from thumbwheel.stream.log import Headers, TopicPartition
 
-_MARK = update(outbox).where(outbox.c.id.in_(bindparam("rows", expanding=True))).values(published_at=bindparam("at"))
+_BETWEEN = outbox.c.id.between(bindparam("first"), bindparam("last"))
+_MARK = update(outbox).where(_BETWEEN).values(published_at=bindparam("at"))
 
 
 class Event(NamedTuple):
@@ -86,10 +88,18 @@ def mark(
     """Notes what the broker has acknowledged, what it will never take and why, and how far each partition got."""
     now = now_micros()
     if published:
-        connection.execute(_MARK, {"rows": list(published), "at": now})
+        connection.execute(_MARK, [{"first": first, "last": last, "at": now} for first, last in _runs(published)])
     for row, why in refused.items():
         connection.execute(update(outbox).where(outbox.c.id == row).values(published_at=now, refused=why[:512]))
     save_positions(connection, written)
+
+
+def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """The first and the last of each run of numbers without a gap; mostly there is but one run."""
+    ordered = sorted(numbers)
+    for _, run in groupby(enumerate(ordered), key=lambda each: each[1] - each[0]):
+        members = [number for _, number in run]
+        yield members[0], members[-1]
 
 
 def republish(connection: Connection, ids: Mapping[str, str]) -> int:

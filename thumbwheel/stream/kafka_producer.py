@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter as Count
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -85,6 +86,7 @@ class KafkaLogProducer:
         self._queues: dict[str, deque[_Pending]] = {}
         self._handed: dict[int, _Pending] = {}
         self._heard = 0.0  # when the client was last given something to speak of, or spoke
+        self._acks: Count[str] = Count()  # of each topic, not counted as metrics yet
         self._failure = ""  # why the client is not used any more
         self._last_error = "no answer"
         self._closed = self._stopped = False
@@ -112,8 +114,9 @@ class KafkaLogProducer:
         with self._changed:
             if self._closed:
                 raise errors.FailedPrecondition("The producer is closed.", remedy="Make another one.")
+            for topic, count in Count(record[0] for record in records).items():
+                _sent(topic).inc(count)
             for i, (topic, key, value, headers) in enumerate(records):
-                _sent(topic).inc()
                 size = len(key) + len(value) + sum(len(name) + len(it) for name, it in headers) + _OVERHEAD_BYTES
                 refusal = self._refuse(size)
                 if refusal is not None:
@@ -146,10 +149,13 @@ class KafkaLogProducer:
         """See `Producer.flush`."""
         with self._changed:
             last = self._numbers
-            if not self._ended.wait_for(lambda: next(iter(self._unfinished), last + 1) > last, timeout):
-                raise errors.DeadlineExceeded(
-                    f"{len(self._unfinished)} records were not acknowledged within {timeout:g} s: {self._last_error}."
-                )
+            done = self._ended.wait_for(lambda: next(iter(self._unfinished), last + 1) > last, timeout)
+            left = len(self._unfinished)
+        self._count()
+        if not done:
+            raise errors.DeadlineExceeded(
+                f"{left} records were not acknowledged within {timeout:g} s: {self._last_error}."
+            )
 
     def close(self, timeout: float) -> None:
         """See `Producer.close`. What is not acknowledged in time fails with `errors.Unavailable`."""
@@ -167,6 +173,7 @@ class KafkaLogProducer:
     def _run(self) -> None:
         try:
             while not self._stopped:
+                self._count()
                 self._expire()
                 self._listen()
                 if self._failure:
@@ -175,13 +182,14 @@ class KafkaLogProducer:
                     with self._changed:
                         # New records, failures and the end are notified; deadlines and the broker's return are not.
                         if not self._stopped:
-                            self._changed.wait(_TICK_SECONDS if self._unfinished else None)
+                            self._changed.wait(_TICK_SECONDS if self._unfinished or self._acks else None)
         except BaseException as error:
             self._last_error = f"the producer's thread ended: {error!r}"
             logger.exception("the producer's thread ended")
             raise
         finally:
             self._closed = True
+            self._count()
             self._drop_client(drain=0.0)  # `close` has waited for as long as it was to
             for pending in list(self._unfinished.values()):
                 self._finish(pending, errors.Unavailable(f"The producer was closed: {self._last_error}."))
@@ -236,19 +244,24 @@ class KafkaLogProducer:
             self._known.setdefault(topic, there[topic])
             # Where there is one partition, it need not be computed: that takes as long as the rest of sending.
             partition = 0 if there[topic].partitions == 1 else None
-            for _ in range(_HAND_OVER):
-                with self._changed:
-                    if self._failure or not self._queues[topic]:
-                        break
-                    pending = self._queues[topic].popleft()
-                    if pending.number not in self._unfinished:
-                        continue  # its deadline has passed
-                    if not self._handed:
-                        self._heard = time.monotonic()
-                    self._handed[pending.number] = pending
-                if not self._give(pending, partition):
-                    return False
+            taken = self._taken(topic)
+            for at, pending in enumerate(taken):
+                failed = bool(self._failure)
+                if failed or not self._give(pending, partition):
+                    self._put_back(taken[at:])
+                    return failed
         return True
+
+    def _taken(self, topic: str) -> list[_Pending]:
+        """Records from the queue, which are now the client's."""
+        with self._changed:
+            queue = self._queues[topic]
+            taken = [queue.popleft() for _ in range(min(_HAND_OVER, len(queue)))]
+            taken = [pending for pending in taken if pending.number in self._unfinished]  # or its deadline has passed
+            if not self._handed:
+                self._heard = time.monotonic()
+            self._handed.update((pending.number, pending) for pending in taken)
+        return taken
 
     def _give(self, pending: _Pending, partition: int | None) -> bool:
         """Hands over one record. False where the client does not take any now."""
@@ -262,7 +275,6 @@ class KafkaLogProducer:
             )
         except kafka_errors.KafkaTimeoutError as error:  # it does not know the topic's partitions
             self._last_error = str(error)
-            self._put_back([pending])
             return False
         except kafka_errors.KafkaError as error:
             self._failed(pending, self._client, error)
@@ -293,6 +305,13 @@ class KafkaLogProducer:
             self._failure = str(error)
             self._changed.notify_all()
 
+    def _count(self) -> None:
+        """Tells the metrics of what was acknowledged: of each record by itself, that takes as long as all else here."""
+        with self._changed:
+            acks, self._acks = self._acks, Count()
+        for topic, count in acks.items():
+            _acked(topic).inc(count)
+
     def _renew(self) -> None:
         """Lets the client finish what it can, drops it, and queues again, in order, what it has not delivered."""
         RENEWED.inc()
@@ -318,10 +337,10 @@ class KafkaLogProducer:
             if self._unfinished.pop(pending.number, None) is None:
                 return
             self._bytes -= pending.size
+            if isinstance(result, Position):
+                self._acks[pending.topic] += 1
             self._ended.notify_all()
-        if isinstance(result, Position):
-            _acked(pending.topic).inc()
-        else:
+        if not isinstance(result, Position):
             FAILED.labels(pending.topic, type(result).__name__).inc()
         pending.end(pending.index, result)
 

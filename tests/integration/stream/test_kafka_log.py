@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -188,6 +189,23 @@ def test_a_client_that_hears_nothing_is_given_up(broker: EmbeddedBroker, monkeyp
     consumer.close()
     producer.close(SECONDS)
     log.close()
+
+
+def test_what_a_client_does_not_take_keeps_its_place(log: KafkaLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    producer = log.producer()
+    producer.send(T, b"k", b"0").result(SECONDS)
+    send, calls = producer._client.send, itertools.count()
+
+    def refusing(*given: object, **named: object) -> object:
+        if next(calls) in (0, 3, 4):
+            raise kafka_errors.KafkaTimeoutError("it does not know the partitions")
+        return send(*given, **named)
+
+    monkeypatch.setattr(producer._client, "send", refusing)
+    sent = producer.send_all([(T, b"k", b"%d" % n, ()) for n in range(1, 10)]).result(SECONDS)
+    assert [one.offset for one in sent if isinstance(one, Position)] == list(range(1, 10))
+    assert read(log, 10) == [b"%d" % n for n in range(10)]
+    producer.close(SECONDS)
 
 
 def test_a_duplicate_that_is_none_is_not_taken_for_success(log: KafkaLog) -> None:

@@ -10,9 +10,12 @@ from concurrent.futures import Future
 from functools import partial
 
 import pytest
-from sqlalchemy import Connection
+from hypothesis import HealthCheck, given
+from hypothesis import settings as settings_of
+from hypothesis import strategies as st
+from sqlalchemy import Connection, func, select
 
-from services.collector import outbox
+from services.collector import outbox, tables
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
 from services.collector.relay import Relay
@@ -62,6 +65,19 @@ def in_order(records: list[tuple[str, int]]) -> bool:
         if number not in numbers:
             numbers.append(number)
     return all(numbers == sorted(numbers) for numbers in seen.values())
+
+
+@given(chosen=st.sets(st.integers(1, 40)))
+@settings_of(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_published_is_marked_and_nothing_else(database: Database, chosen: set[int]) -> None:
+    def kept(connection: Connection) -> set[int]:
+        first = connection.execute(select(func.coalesce(func.max(tables.outbox.c.id), 0))).scalar_one()
+        outbox.add(connection, [outbox.Event("", topics.THUMBS, "k", ComparisonEvent()) for _ in range(40)])
+        outbox.mark(connection, [first + number for number in chosen], {}, {})
+        marked = select(tables.outbox.c.id).where(tables.outbox.c.published_at.is_not(None), tables.outbox.c.id > first)
+        return {id - first for (id,) in connection.execute(marked)}
+
+    assert database.write_now(kept) == chosen
 
 
 async def test_what_is_committed_is_published_once_and_in_order(
