@@ -72,8 +72,8 @@ class Admitting:
     def _checked(self, offer: Offer) -> Incoming | errors.ThumbwheelError:
         try:
             submission = self._checker.check(Feedback.FromString(offer.feedback), tenant=offer.tenant)
-        except errors.ThumbwheelError as error:
-            return error
+        except Exception as error:  # noqa: BLE001  # it goes to the caller, and not to the others of the group
+            return self._fault(error)
         return Incoming(submission, offer.traceparent)
 
     def _commit(self, incoming: Sequence[Incoming], recorded: Sequence[str], *, again: bool = True) -> Admitted:

@@ -13,7 +13,10 @@ import contextlib
 import importlib
 import logging
 import multiprocessing
+import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -28,6 +31,8 @@ logger = logging.getLogger("services.collector.child")  # it is run by that name
 
 ANSWER_SECONDS = 60.0
 """Longest that an answer may take; the first one starts the process, and with it opens the database."""
+_MESSAGE_SECONDS = 10
+"""Longest that a message may stand still on its way to the process, or from it."""
 _CLOSE_SECONDS = 10.0
 
 
@@ -82,6 +87,7 @@ class Child:
             self._kill()
         if self._connection is None:
             self._connection, theirs = multiprocessing.Pipe()
+            _limit(self._connection)
             with theirs:
                 command = [sys.executable, "-m", __name__, self._stage, str(theirs.fileno())]
                 self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
@@ -96,6 +102,13 @@ class Child:
         if process is not None:
             process.kill()
             process.wait()
+
+
+def _limit(connection: Connection) -> None:
+    """Has reading and writing fail where the other side stands still in the middle of a message."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as pair:
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            pair.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _MESSAGE_SECONDS, 0))
 
 
 def serve(opened: Callable[[Any], AbstractContextManager[Callable[[Any], Any]]], connection: Connection) -> None:

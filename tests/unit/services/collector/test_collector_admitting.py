@@ -17,7 +17,7 @@ from services.collector.admitting import Admitting, Offer
 from services.collector.config import CollectorSettings
 from services.collector.database import Database
 from services.collector.door import AdmittingProcess, Door
-from services.collector.submission import Checker
+from services.collector.submission import Checker, Submission
 from tests.unit.services.collector import parts
 from tests.unit.services.collector.parts import Deployment
 from thumbwheel import errors
@@ -68,6 +68,24 @@ def test_what_is_refused_is_refused_in_its_place(database: Database, deployment:
         (first.feedback_id, "1", "00-trace-span-01"),
         (last.feedback_id, "5", "00-trace-span-01"),
     ]
+
+
+def test_a_fault_in_checking_is_one_callers_alone(
+    database: Database, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = Checker.check
+
+    def broken(self: Checker, feedback: Feedback, *, tenant: str) -> Submission:
+        if feedback.idempotency_key == "bad":
+            raise ZeroDivisionError
+        return check(self, feedback, tenant=tenant)
+
+    monkeypatch.setattr(Checker, "check", broken)
+    here, event = Admitting(database, Checker(deployment.key, 1_000)), deployment.generation()
+    found = here.admit([offer(parts.comment(event, key, key=key)) for key in ("a", "bad", "b")], [])
+    here.close()
+    assert [type(one) for one in found.results] == [Acknowledged, errors.Internal, Acknowledged]
+    assert [row.idempotency_key for row in waiting(database)] == ["a", "b"]
 
 
 def test_another_process_says_the_same(database: Database, deployment: Deployment, hand: AdmittingProcess) -> None:
@@ -131,6 +149,19 @@ def test_one_that_does_not_answer_is_not_waited_for(hand: AdmittingProcess, monk
     assert not process.is_running()
     monkeypatch.undo()
     assert hand.admit([], []) == admitting.Admitted([]), "and there is another"
+
+
+def test_one_that_takes_nothing_is_not_waited_for(
+    deployment: Deployment, hand: AdmittingProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "_MESSAGE_SECONDS", 1)
+    hand.admit([], [])
+    assert hand.pid is not None
+    psutil.Process(hand.pid).suspend()
+    large = offer(parts.comment(deployment.generation(), "x" * 1_000_000))
+    with pytest.raises(errors.Unavailable, match=r"gave no answer: .*temporarily unavailable"):
+        hand.admit([large] * 8, [])
+    assert hand.pid is None
 
 
 def test_what_it_cannot_open_it_says(settings: CollectorSettings, database: Database) -> None:
