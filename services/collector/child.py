@@ -64,6 +64,7 @@ class Child:
                 answer = connection.recv()
             except (OSError, EOFError) as error:
                 self._kill()
+                logger.warning("a stage gave no answer", extra={"stage": self._stage, "error": str(error)})
                 raise errors.Unavailable(
                     f"The process of {self._stage} gave no answer: {error or 'it has ended'}.",
                     remedy="It is started again; the collector's log says what it met.",

@@ -138,7 +138,9 @@ async def test_it_is_started_again_when_it_dies_and_what_was_acknowledged_is_the
     assert {row.idempotency_key for row in rows} == {str(number) for number in range(61)}
 
 
-def test_one_that_does_not_answer_is_not_waited_for(hand: AdmittingProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_does_not_answer_is_not_waited_for(
+    hand: AdmittingProcess, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     assert hand.admit([], []) == admitting.Admitted([])
     assert hand.pid is not None
     process = psutil.Process(hand.pid)
@@ -147,6 +149,7 @@ def test_one_that_does_not_answer_is_not_waited_for(hand: AdmittingProcess, monk
     with pytest.raises(errors.Unavailable, match=r"gave no answer: none within 0\.2 s"):
         hand.admit([], [])
     assert not process.is_running()
+    assert "a stage gave no answer" in caplog.text
     monkeypatch.undo()
     assert hand.admit([], []) == admitting.Admitted([]), "and there is another"
 
