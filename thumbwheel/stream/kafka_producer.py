@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from prometheus_client import Counter
@@ -115,7 +115,7 @@ class KafkaLogProducer:
             if self._closed:
                 raise errors.FailedPrecondition("The producer is closed.", remedy="Make another one.")
             for topic, count in Count(record[0] for record in records).items():
-                _sent(topic).inc(count)
+                SENT.labels(topic).inc(count)
             for i, (topic, key, value, headers) in enumerate(records):
                 size = len(key) + len(value) + sum(len(name) + len(it) for name, it in headers) + _OVERHEAD_BYTES
                 refusal = self._refuse(size)
@@ -310,7 +310,7 @@ class KafkaLogProducer:
         with self._changed:
             acks, self._acks = self._acks, Count()
         for topic, count in acks.items():
-            _acked(topic).inc(count)
+            ACKED.labels(topic).inc(count)
 
     def _renew(self) -> None:
         """Lets the client finish what it can, drops it, and queues again, in order, what it has not delivered."""
@@ -380,16 +380,6 @@ def _resolve(future: Future[Position], _: int, outcome: Outcome) -> None:
         future.set_result(outcome)
     else:
         future.set_exception(outcome)
-
-
-@cache
-def _sent(topic: str) -> Counter:
-    return SENT.labels(topic)
-
-
-@cache
-def _acked(topic: str) -> Counter:
-    return ACKED.labels(topic)
 
 
 def _refusal(error: Exception, pending: _Pending) -> errors.ThumbwheelError | None:
