@@ -109,8 +109,7 @@ async def _kill(made: Cluster, target: str, draw: random.Random, load: Load) -> 
             await asyncio.sleep(away)
             await asyncio.to_thread(made.start_collector)
         case "admitting" | "taking":
-            for child in made.collector.children(f"services.collector.{target}"):
-                os.kill(child, signal.SIGKILL)
+            os.kill(await _stage_of(made, f"services.collector.{target}"), signal.SIGKILL)
         case "relay":
             await _until_it_publishes(made)
             made.collector.kill()
@@ -127,6 +126,14 @@ async def _kill(made: Cluster, target: str, draw: random.Random, load: Load) -> 
             await asyncio.to_thread(made.postgres.kill)
             await asyncio.sleep(away)
             await asyncio.to_thread(made.postgres.start)
+
+
+async def _stage_of(made: Cluster, stage: str) -> int:
+    """The id of a stage's process, which is started when there is something for it to do."""
+    async with asyncio.timeout(20.0):
+        while not (found := made.collector.children(stage)):  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.01)
+    return found[0]
 
 
 async def _until_it_publishes(made: Cluster) -> None:

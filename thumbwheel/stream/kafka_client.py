@@ -8,7 +8,7 @@ import ssl
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from thumbwheel.tls import ClientTls
@@ -22,13 +22,12 @@ with warnings.catch_warnings():
     from kafka.net.compat import KafkaNetClient
     from kafka.net.inet import KafkaNetSocket
 
-__all__ = ["MAX_MESSAGE_BYTES", "SILENT_REQUESTS", "client", "errors", "kafka"]
+__all__ = ["MAX_MESSAGE_BYTES", "client", "errors", "kafka", "longest_silence"]
 
 MAX_MESSAGE_BYTES = 2 * 1024 * 1024
 """Largest record; topics are created with it."""
 
-SILENT_REQUESTS = 2.0
-"""A client that waits may hear nothing for as long as so many requests may take, while the brokers answer others."""
+_SILENT_REQUESTS = 2.0
 
 _NOISY = ("net.transport", "net.connection", "net.manager", "cluster", "consumer.fetcher", "producer.sender")
 _NOISE_SECONDS = 60.0
@@ -124,6 +123,11 @@ class _Sparing(logging.Filter):
 
 
 _sparing = _Sparing()
+
+
+def longest_silence(configs: Mapping[str, Any]) -> float:
+    """Seconds for which a client that waits may hear nothing while brokers answer others: as two requests may take."""
+    return float(_SILENT_REQUESTS * configs["request_timeout_ms"] / 1000)
 
 
 def client(make: Callable[..., Any], *, tls: ClientTls | None = None, **configs: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 from prometheus_client import Counter, Gauge
 
 from thumbwheel import errors
-from thumbwheel.stream.kafka_client import MAX_MESSAGE_BYTES, SILENT_REQUESTS, client, kafka
+from thumbwheel.stream.kafka_client import MAX_MESSAGE_BYTES, client, kafka, longest_silence
 from thumbwheel.stream.kafka_client import errors as kafka_errors
 from thumbwheel.stream.kafka_watch import TopicState, Watch
 from thumbwheel.stream.log import Record, TopicPartition
@@ -263,8 +263,9 @@ class KafkaLogConsumer:
             if error.retriable or isinstance(error, kafka_errors.KafkaTimeoutError | kafka_errors.NodeNotReadyError):
                 return {}
             raise errors.Internal(f"Reading {', '.join(self._topics)} failed at {self._positions}: {error}.") from error
-        # A broker says also that there is nothing.
-        self._silence = 0.0 if self._client._client.heard_at() > heard else self._silence + time.monotonic() - began
+        finally:
+            # A broker says also that there is nothing.
+            self._silence = 0.0 if self._client._client.heard_at() > heard else self._silence + time.monotonic() - began
         return fetched
 
     def _listen(self) -> None:
@@ -272,7 +273,7 @@ class KafkaLogConsumer:
         swallowed its requests, one may wait for ever.
         """
         silent = min(self._silence, self._watch.answering_seconds())
-        if silent > SILENT_REQUESTS * self._configs["request_timeout_ms"] / 1000:
+        if silent > longest_silence(self._configs):
             logger.warning("a new client takes over: it has heard nothing", extra={"seconds": round(silent, 1)})
             RENEWED.inc()
             self._drop_client()

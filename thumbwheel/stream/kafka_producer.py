@@ -27,7 +27,7 @@ from typing import Any
 from prometheus_client import Counter
 
 from thumbwheel import errors
-from thumbwheel.stream.kafka_client import MAX_MESSAGE_BYTES, SILENT_REQUESTS, client, kafka
+from thumbwheel.stream.kafka_client import MAX_MESSAGE_BYTES, client, kafka, longest_silence
 from thumbwheel.stream.kafka_client import errors as kafka_errors
 from thumbwheel.stream.kafka_watch import TopicState, Watch
 from thumbwheel.stream.log import Headers, Outcome, Outcomes, Outgoing, Position
@@ -211,10 +211,9 @@ class KafkaLogProducer:
 
     def _listen(self) -> None:
         """Gives up a client that has said nothing for too long while the brokers answered others."""
-        longest = SILENT_REQUESTS * self._configs["request_timeout_ms"] / 1000
         silent = min(time.monotonic() - self._heard, self._watch.answering_seconds())
         with self._changed:
-            if self._handed and silent > longest:
+            if self._handed and silent > longest_silence(self._configs):
                 self._failure = self._failure or f"it has said nothing for {silent:.1f} s, and the brokers answer"
 
     def _hand_over(self) -> bool:

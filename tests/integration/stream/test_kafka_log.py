@@ -169,7 +169,10 @@ def test_a_client_that_says_nothing_is_given_up(broker: EmbeddedBroker, monkeypa
     log.close()
 
 
-def test_a_client_that_hears_nothing_is_given_up(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("raising", [False, True], ids=["silent", "raising"])
+def test_a_client_that_hears_nothing_is_given_up(
+    broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch, *, raising: bool
+) -> None:
     log = KafkaLog(broker.bootstrap_servers, refresh_interval=0.05, request_timeout=0.5)
     log.ensure_topics([Topic(T)], SECONDS)
     producer, consumer = log.producer(), log.consumer([T], group="g")
@@ -180,6 +183,8 @@ def test_a_client_that_hears_nothing_is_given_up(broker: EmbeddedBroker, monkeyp
 
     def wait(timeout_ms: int, max_records: int) -> dict[object, list[object]]:
         threading.Event().wait(min(timeout_ms / 1000, 0.05))
+        if raising:
+            raise kafka_errors.NodeNotReadyError("it is never ready")
         return {}
 
     monkeypatch.setattr(consumer._client, "poll", wait)
