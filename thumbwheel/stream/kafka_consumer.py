@@ -272,7 +272,7 @@ class KafkaLogConsumer:
         """Gives up a client that has waited in vain for too long while brokers answered others: after a network that
         swallowed its requests, one may wait for ever.
         """
-        silent = min(self._silence, self._watch.answering_seconds())
+        silent = self._watch.answering_seconds(time.monotonic() - self._silence)
         if silent > longest_silence(self._configs):
             logger.warning("a new client takes over: it has heard nothing", extra={"seconds": round(silent, 1)})
             RENEWED.inc()

@@ -211,7 +211,7 @@ class KafkaLogProducer:
 
     def _listen(self) -> None:
         """Gives up a client that has said nothing for too long while the brokers answered others."""
-        silent = min(time.monotonic() - self._heard, self._watch.answering_seconds())
+        silent = self._watch.answering_seconds(self._heard)
         with self._changed:
             if self._handed and silent > longest_silence(self._configs):
                 self._failure = self._failure or f"it has said nothing for {silent:.1f} s, and the brokers answer"

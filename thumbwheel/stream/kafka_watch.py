@@ -65,9 +65,12 @@ class Watch:
         """The topics of the last answer; the same object as long as nothing has changed."""
         return self._topics
 
-    def answering_seconds(self) -> float:
-        """For how long, up to the last answer, every question was answered; 0 where the last one was not."""
-        return self._up_last - self._up_since if self._up else 0.0
+    def answering_seconds(self, since: float) -> float:
+        """Seconds after `since`, by the monotonic clock, in which each question was answered, to the last answer.
+
+        0 where the last question had none.
+        """
+        return max(0.0, self._up_last - max(self._up_since, since)) if self._up else 0.0
 
     def follow(self, names: Iterable[str]) -> None:
         """Topics to ask for from now on."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -191,6 +193,30 @@ def test_a_client_that_hears_nothing_is_given_up(
     producer.send(T, b"k", b"first").result(SECONDS)
     assert [record.value for record in consumer.poll(SECONDS)] == [b"first"]
     assert metric("thumbwheel_stream_consumers_renewed_total") == before + 1
+    consumer.close()
+    producer.close(SECONDS)
+    log.close()
+
+
+def test_no_client_is_given_up_while_no_broker_answers_any(
+    broker: EmbeddedBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = KafkaLog(broker.bootstrap_servers, refresh_interval=0.05, request_timeout=0.5, delivery_timeout=3.0)
+    log.ensure_topics([Topic(T)], SECONDS)
+    producer, consumer = log.producer(), log.consumer([T], group="g")
+    producer.send(T, b"k", b"first").result(SECONDS)
+    consumer.poll(SECONDS)
+    assert consumer.poll(2.0) == []  # brokers have answered for longer than a client may be silent
+    before = metric("thumbwheel_stream_consumers_renewed_total")
+    assert broker.pid is not None
+    os.kill(broker.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, broker.pid, os.WSTOPPED)
+    waiting = producer.send(T, b"k", b"late")
+    assert consumer.poll(2.0) == []
+    assert isinstance(waiting.exception(SECONDS), errors.Unavailable)
+    assert metric("thumbwheel_stream_consumers_renewed_total") == before
+    assert not [record for record in caplog.records if "has said nothing" in getattr(record, "reason", "")]
+    os.kill(broker.pid, signal.SIGCONT)
     consumer.close()
     producer.close(SECONDS)
     log.close()
