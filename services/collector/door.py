@@ -30,6 +30,8 @@ T = TypeVar("T")
 MAX_GROUP = 128
 GATHER_SECONDS = 0.01
 """Longest that a group is gathered; and after a commit, how long callers are expected again."""
+QUIET_SECONDS = 0.01
+"""After so long in which nobody came, and with nobody waiting, a moment is quiet."""
 EXPECTED = 0.8
 """Share of those in flight at a commit's end that the next one waits for."""
 
@@ -102,7 +104,7 @@ class Door:
         self._waiting: deque[_Admission | _Drop] = deque()
         self._coming = self._committing = self._closed = False
         self._timer: asyncio.TimerHandle | None = None
-        self._expected, self._told_at = 1, 0.0
+        self._expected, self._told_at, self._came_at = 1, 0.0, 0.0
         self._groups: queue.SimpleQueue[_Group | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="door", daemon=True)
         self._thread.start()
@@ -115,13 +117,15 @@ class Door:
         require_open(closed=self._closed)
         require_room(len(self._waiting), self._max_pending, "submissions")
         future: asyncio.Future[Acknowledged] = self._loop.create_future()
-        return await self._wait(_Admission(offer, future, time.perf_counter()), future)
+        self._came_at = time.perf_counter()
+        return await self._wait(_Admission(offer, future, self._came_at), future)
 
     async def admit_all(self, offers: Sequence[Offer]) -> list[Result]:
         """As `admit`, of many: returns of each what it came to, or what `admit` would have raised, in their order. They
         share commits, and the deadline.
         """
         futures: list[asyncio.Future[Acknowledged]] = []
+        self._came_at = time.perf_counter()
         for one in offers:
             future: asyncio.Future[Acknowledged] = self._loop.create_future()
             futures.append(future)
@@ -131,7 +135,7 @@ class Door:
             except errors.ThumbwheelError as error:
                 future.set_exception(error)
             else:
-                self._waiting.append(_Admission(one, future, time.perf_counter()))
+                self._waiting.append(_Admission(one, future, self._came_at))
         self._gather()
         deadline = self._loop.call_later(self._timeout, self._expire, *futures)
         try:
@@ -144,6 +148,12 @@ class Door:
                 raise result
             found.append(result)
         return found
+
+    def quiet_in(self) -> float:
+        """Seconds until the moment is quiet, at the earliest; 0 where it is."""
+        if self._committing or self._waiting:
+            return QUIET_SECONDS
+        return max(0.0, self._came_at + QUIET_SECONDS - time.perf_counter())
 
     async def drop(self, ids: Sequence[str]) -> None:
         """Takes feedback out of the inbox that is recorded. Raises as `admit` does, but never that too many wait."""

@@ -397,3 +397,20 @@ async def test_the_schema_goes_back_only_when_nothing_waits(
 def test_the_inbox_is_beside_the_record(settings: CollectorSettings, database: Database) -> None:
     assert inbox_path(Path("/x/collector.db")) == Path("/x/collector-inbox.db")
     assert inbox_path(settings.home / "collector.db").is_file()
+
+
+async def test_a_moment_is_quiet_when_nobody_waits_and_nobody_came(
+    door: Door, admit: Admit, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert door.quiet_in() == 0.0
+    held = Held(monkeypatch)
+    coming = admit(parts.comment(deployment.generation(), "x"))
+    await held.first()
+    monkeypatch.setattr(door, "_came_at", float("-inf"))
+    assert door.quiet_in() == doors.QUIET_SECONDS, "one waits for its commit"
+    held.release.set()
+    await coming
+    assert door.quiet_in() == 0.0
+    monkeypatch.setattr(doors, "QUIET_SECONDS", 60.0)
+    await admit(parts.comment(deployment.generation(), "y"))
+    assert 0.0 < door.quiet_in() <= 60.0

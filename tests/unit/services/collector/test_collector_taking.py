@@ -24,7 +24,7 @@ from services.collector.records import Recorded
 from services.collector.rights import erasure
 from services.collector.rules import Rules
 from services.collector.submission import Checker
-from services.collector.taking import Order, Taking
+from services.collector.taking import AT_ONCE, Order, Taking
 from tests.unit.services.collector import parts
 from tests.unit.services.collector.parts import A, B, Deployment, eventually, store
 from thumbwheel import errors
@@ -236,6 +236,62 @@ async def test_who_waits_for_what_gathers_does_not_wait_until_it_has(
         clerk.wake()
         await clerk.settled(partial(inbox.holds, tenant="default", feedback_id=made.feedback_id), 10.0)
     assert len(recorded(database)) == 2
+    working.cancel()
+    await asyncio.wait([working])
+
+
+class Crowd:
+    """A door at which somebody always is."""
+
+    def __init__(self, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked = asyncio.Event()
+        self._looks = 0
+        monkeypatch.setattr(door, "quiet_in", self._quiet_in)
+
+    def _quiet_in(self) -> float:
+        self._looks += 1
+        if self._looks == 5:
+            self.asked.set()
+        return 0.001
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+async def test_recording_gives_way_to_acknowledging_unless_somebody_waits(
+    database: Database, deployment: Deployment, door: Door, monkeypatch: pytest.MonkeyPatch, hurried: bool
+) -> None:
+    monkeypatch.setattr(clerks, "_GIVE_WAY_SECONDS", 60.0)
+    crowd = Crowd(door, monkeypatch)
+    clerk = Clerk(database, door, Taking(database, Rules()), lambda: None, 0.05)
+    made = await door.admit(Offer("default", parts.comment(deployment.generation(), "x").SerializeToString()))
+    clerk.wake()
+    working = asyncio.create_task(clerk.run())
+    await asyncio.wait_for(crowd.asked.wait(), 10)
+    assert waiting(database) == [made.feedback_id]
+    if hurried:
+        await clerk.settled(partial(inbox.holds, tenant="default", feedback_id=made.feedback_id), 10.0)
+    else:
+        monkeypatch.setattr(door, "quiet_in", lambda: 0.0)
+        await eventually(partial(database.read, outbox.levels), lambda levels: levels.unrecorded == 0)
+    assert list(recorded(database)) == [made.feedback_id]
+    working.cancel()
+    await asyncio.wait([working])
+
+
+async def test_what_has_given_way_for_long_enough_is_recorded(
+    database: Database, deployment: Deployment, door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clerks, "_GIVE_WAY_SECONDS", 0.1)
+    crowd = Crowd(door, monkeypatch)
+    clerk = Clerk(database, door, Taking(database, Rules()), lambda: None, 0.05)
+    many = AT_ONCE + 1
+    event = deployment.generation()
+    offers = [Offer("default", parts.comment(event, str(n)).SerializeToString()) for n in range(many)]
+    await door.admit_all(offers)
+    clerk.wake()
+    working = asyncio.create_task(clerk.run())
+    await asyncio.wait_for(crowd.asked.wait(), 10)
+    await eventually(partial(database.read, outbox.levels), lambda levels: levels.unrecorded == 0)
+    assert len(recorded(database)) == many
     working.cancel()
     await asyncio.wait([working])
 
