@@ -351,7 +351,8 @@ class KafkaLogProducer:
                     **self._configs,
                     enable_idempotence=True,  # said aloud: left to its default, it may be turned off silently
                     acks="all",
-                    delivery_timeout_ms=int(self._delivery_timeout * 1000),
+                    # Later than `_expire`: a record that is late is given back to its sender, not to a new client.
+                    delivery_timeout_ms=int(self._delivery_timeout * 1000) + self._configs["request_timeout_ms"],
                     max_block_ms=int(_METADATA_SECONDS * 1000),
                     metrics_enabled=False,
                     max_request_size=MAX_MESSAGE_BYTES,
