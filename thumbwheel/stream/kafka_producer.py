@@ -317,6 +317,7 @@ class KafkaLogProducer:
         logger.warning("a new producer takes over", extra={"reason": self._failure})
         with self._changed:
             self._changed.wait_for(lambda: self._stopped, _RENEW_SECONDS)
+        self._expire()  # what made the client fail may be a record's deadline, and dropping it takes seconds
         self._drop_client()
         with self._changed:
             again, self._handed = list(self._handed.values()), {}
@@ -351,8 +352,8 @@ class KafkaLogProducer:
                     **self._configs,
                     enable_idempotence=True,  # said aloud: left to its default, it may be turned off silently
                     acks="all",
-                    # Later than `_expire`: a record that is late is given back to its sender, not to a new client.
-                    delivery_timeout_ms=int(self._delivery_timeout * 1000) + self._configs["request_timeout_ms"],
+                    # Not longer than ours: what comes after a record that it still tries would wait for that.
+                    delivery_timeout_ms=int(self._delivery_timeout * 1000),
                     max_block_ms=int(_METADATA_SECONDS * 1000),
                     metrics_enabled=False,
                     max_request_size=MAX_MESSAGE_BYTES,

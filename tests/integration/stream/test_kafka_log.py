@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -31,6 +32,18 @@ T = "thumbwheel.test.v1"
 def broker(tmp_path: Path) -> Iterator[EmbeddedBroker]:
     with EmbeddedBroker(port=0, log=tmp_path / "broker.log") as started:
         yield started
+
+
+@contextlib.contextmanager
+def stopped(broker: EmbeddedBroker) -> Iterator[None]:
+    """A broker that does not answer, with all its threads."""
+    assert broker.pid is not None
+    os.kill(broker.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, broker.pid, os.WSTOPPED)
+    try:
+        yield
+    finally:
+        os.kill(broker.pid, signal.SIGCONT)
 
 
 @pytest.fixture
@@ -208,16 +221,26 @@ def test_no_client_is_given_up_while_no_broker_answers_any(
     consumer.poll(SECONDS)
     assert consumer.poll(2.0) == []  # brokers have answered for longer than a client may be silent
     before = metric("thumbwheel_stream_consumers_renewed_total")
-    assert broker.pid is not None
-    os.kill(broker.pid, signal.SIGSTOP)
-    os.waitid(os.P_PID, broker.pid, os.WSTOPPED)
-    waiting = producer.send(T, b"k", b"late")
-    assert consumer.poll(2.0) == []
-    assert isinstance(waiting.exception(SECONDS), errors.Unavailable)
+    with stopped(broker):
+        waiting = producer.send(T, b"k", b"late")
+        assert consumer.poll(2.0) == []
+        assert isinstance(waiting.exception(SECONDS), errors.Unavailable)
     assert metric("thumbwheel_stream_consumers_renewed_total") == before
     assert not [record for record in caplog.records if "has said nothing" in getattr(record, "reason", "")]
-    os.kill(broker.pid, signal.SIGCONT)
     consumer.close()
+    producer.close(SECONDS)
+    log.close()
+
+
+def test_what_comes_after_a_record_that_was_given_up_does_not_wait_for_it(broker: EmbeddedBroker) -> None:
+    log = KafkaLog(broker.bootstrap_servers, refresh_interval=0.05, request_timeout=0.5, delivery_timeout=2.0)
+    log.ensure_topics([Topic(T, 1)], SECONDS)
+    producer = log.producer()
+    producer.send(T, b"k", b"before").result(SECONDS)
+    with stopped(broker):
+        for value in (b"late", b"later"):
+            assert isinstance(producer.send(T, b"k", value).exception(SECONDS), errors.Unavailable)
+    producer.send(T, b"k", b"after").result(SECONDS)
     producer.close(SECONDS)
     log.close()
 
