@@ -318,7 +318,7 @@ class KafkaLogProducer:
         with self._changed:
             self._changed.wait_for(lambda: self._stopped, _RENEW_SECONDS)
         self._expire()  # what made the client fail may be a record's deadline, and dropping it takes seconds
-        self._drop_client()
+        self._drop_client(drain=min(_DRAIN_SECONDS, self._delivery_timeout / 10))  # of the time of what waits
         with self._changed:
             again, self._handed = list(self._handed.values()), {}
             self._failure = ""
@@ -363,7 +363,7 @@ class KafkaLogProducer:
                 return False
         return True
 
-    def _drop_client(self, drain: float = _DRAIN_SECONDS) -> None:
+    def _drop_client(self, drain: float) -> None:
         dropped, self._client, self._known = self._client, None, {}
         if dropped is None:
             return
