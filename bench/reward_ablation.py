@@ -1,22 +1,25 @@
 """What each part of the reward model's training is worth: with all of them, and without one at a time.
 
-    make bench-reward-ablation DATA=pairs.jsonl.gz
+    make bench-reward-ablation DATA=pairs.jsonl.gz                 one seed, 600 pairs
+    make bench-reward-ablation DATA=pairs.jsonl.gz FULL=1          three seeds, all pairs
 
-The same pairs and settings as `bench-reward-model`; 300 are held out. Prints the table of `docs/reward.md`.
+The same pairs and settings as `bench-reward-model`; 300 are held out. All variants take turns, step by step, so that
+their speeds can be compared; a seed that was finished is kept, and not trained again. Prints the table of
+`docs/reward.md`: means over the seeds, and of the speeds the medians.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench import harness
 from bench.reward_data import Data, load, path_given
-from bench.reward_model import OUTPUT, train
+from bench.reward_model import Trained, add_arguments, mean, settings_of, train
 from trainer import calibration
 
 
@@ -25,49 +28,54 @@ def ours(shared: bool = True, **settings: Any) -> dict[str, Any]:
     return {"who": "ours", "shared": shared, "settings": settings}
 
 
+ALL = "all of it"
 VARIANTS: dict[str, dict[str, Any]] = {
-    "all of it": ours(),
+    ALL: ours(),
     "without length balancing": ours(length_balance=False),
     "without regularisation": ours(score_penalty=0.0),
     "without a shared prompt": ours(shared=False),
 }
 
 
-def measure(data: Data, name: str, variant: Mapping[str, Any], seed: int, epochs: int) -> dict[str, float]:
-    """Trains one variant, and judges it."""
-    result = train(data, {"ours": variant}, seed=seed, epochs=epochs, label=name, output=OUTPUT)["ours"]
-    margins, longer = result.margins, np.array([float(pair.longer) for pair in data.heldout])
+def measure(data: Data, trained: Trained) -> dict[str, float]:
+    """What the held-out pairs say of it."""
+    margins, longer = trained.margins, np.array([float(pair.longer) for pair in data.heldout])
     ece, _ = calibration.cross_fitted_ece(margins)
     return {
         "accuracy": calibration.accuracy(margins),
         "length correlation": abs(calibration.correlation(margins, longer)),
         "ECE": ece,
-        "spread of scores": float(result.scores.std()),
-        "pairs/s": statistics.median(result.rates()),
+        "spread of scores": float(trained.scores.std()),
+        "pairs/s": statistics.median(trained.rates()),
     }
 
 
 def main() -> None:
     """Runs it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--pairs", type=int, default=600, help="pairs to learn from; 0 for all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=1)
+    add_arguments(parser, Path("bench-out/reward-ablation"))
     arguments = parser.parse_args()
-    data, found = load(path_given(), arguments.pairs), dict[str, dict[str, float]]()
-    for name, variant in VARIANTS.items():
-        found[name] = measure(data, name, variant, arguments.seed, arguments.epochs)
-        if len(found) == 1:
-            print(f"| | {' | '.join(found[name])} |\n|---|{'---|' * len(found[name])}", flush=True)
-        print(f"| {name} | {' | '.join(f'{value:.3f}' for value in found[name].values())} |", flush=True)
-    first = found["all of it"]
-    ratios = {
-        f"{key} {name}": round(row[key] / first[key], 4)
-        for name, row in found.items()
-        for key in ("accuracy", "length correlation", "pairs/s")
-        if row is not first and first[key]
+    data = load(path_given(), arguments.pairs)
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+    speeds = {name: harness.Ratio(f"pairs/s {name}", "pairs/s") for name in VARIANTS if name != ALL}
+    for seed in range(arguments.seeds):
+        trained = train(data, VARIANTS, seed=seed, label=f"seed {seed}", **settings_of(arguments))
+        for name, result in trained.items():
+            rows[name].append(measure(data, result))
+        for name, speed in speeds.items():
+            for rates in zip(trained[name].rates(), trained[ALL].rates(), strict=True):
+                speed.add(*rates)
+    means = {name: {key: mean([row[key] for row in found]) for key in found[0]} for name, found in rows.items()}
+    print(f"| | {' | '.join(means[ALL])} |\n|---|{'---|' * len(means[ALL])}")
+    for name, found in means.items():
+        print(f"| {name} | {' | '.join(f'{value:.3f}' for value in found.values())} |")
+    also = {
+        f"{key} {name}": round(means[name][key] / means[ALL][key], 4)
+        for name in speeds
+        for key in ("accuracy", "length correlation")
+        if means[ALL][key]
     }
-    print(json.dumps({"bench": "reward-ablation", "ratios": ratios, "runs": 1}), flush=True)
+    harness.report("reward-ablation", list(speeds.values()), arguments.seeds, also)
 
 
 if __name__ == "__main__":

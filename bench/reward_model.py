@@ -46,7 +46,6 @@ BATCH_SIZE = 16
 SIDES = ("ours", "trl")
 SETTLED = 2
 """Steps that are not timed: memory is filled for the first time."""
-OUTPUT = Path("bench-out/reward-model")
 WINDOW = 5
 """Steps that a ratio of speeds is taken over."""
 
@@ -145,7 +144,7 @@ def train(
     epochs: int,
     label: str,
     output: Path,
-    learning_rate: float = LEARNING_RATE,
+    learning_rate: float,
 ) -> dict[str, Trained]:
     """Trains all variants, a step of each in turn, and leaves them in the folder `output`; or takes them from there."""
     common: dict[str, Any] = {
@@ -189,20 +188,30 @@ def _digest(job: Job) -> str:
     return hashlib.sha256(json.dumps(dataclasses.asdict(job), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
     return round(statistics.fmean(values), 4)
 
 
-def main() -> None:
-    """Runs it."""
+def add_arguments(parser: argparse.ArgumentParser, output: Path) -> None:
+    """What is trained, and how; FULL=1 in the environment asks for all of it."""
     full = os.environ.get("FULL", "") not in ("", "0")
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=0 if full else 600, help="pairs to learn from; 0 for all")
     parser.add_argument("--seeds", type=int, default=3 if full else 1)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="of the body, on both sides")
+    parser.add_argument("--output", type=Path, default=output, help="folder of what was trained")
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `train` is told of them."""
+    return {name: getattr(arguments, name) for name in ("epochs", "learning_rate", "output")}
+
+
+def main() -> None:
+    """Runs it."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add_arguments(parser, Path("bench-out/reward-model"))
     parser.add_argument("--only", choices=SIDES, help="train this side alone; a run without it compares")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of what was trained")
     arguments = parser.parse_args()
     data = load(path_given(), arguments.pairs)
     longer = np.array([float(pair.longer) for pair in data.heldout])
@@ -210,16 +219,7 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {who: [] for who in SIDES}
     for seed in range(arguments.seeds):
         variants = {who: {"who": who} for who in ([arguments.only] if arguments.only else SIDES)}
-        label, output = f"seed {seed}", arguments.output
-        trained = train(
-            data,
-            variants,
-            seed=seed,
-            epochs=arguments.epochs,
-            label=label,
-            output=output,
-            learning_rate=arguments.learning_rate,
-        )
+        trained = train(data, variants, seed=seed, label=f"seed {seed}", **settings_of(arguments))
         if len({result.run for result in trained.values()}) == 1 < len(trained):
             for rates in zip(trained["ours"].rates(), trained["trl"].rates(), strict=True):
                 speed.add(*rates)
@@ -240,11 +240,11 @@ def main() -> None:
             shown = "  ".join(f"{key} {value:.3f}" for key, value in measured.items())
             print(f"seed {seed}  {name:<5} {shown}  (accuracy {low:.3f} to {high:.3f})", flush=True)
     if arguments.only:
-        accuracy = _mean([row["accuracy"] for row in found[arguments.only]])
+        accuracy = mean([row["accuracy"] for row in found[arguments.only]])
         harness.report("reward-model", [], arguments.seeds, {f"accuracy_of_{arguments.only}_alone": accuracy})
         return
-    ours, trl = ({key: _mean([row[key] for row in rows]) for key in rows[0]} for rows in found.values())
-    bias, peer_bias = (_mean([abs(row["length_correlation"]) for row in rows]) for rows in found.values())
+    ours, trl = ({key: mean([row[key] for row in rows]) for key in rows[0]} for rows in found.values())
+    bias, peer_bias = (mean([abs(row["length_correlation"]) for row in rows]) for rows in found.values())
     also = {
         "accuracy_vs_trl": round(ours["accuracy"] / trl["accuracy"], 4),
         "accuracy": ours["accuracy"],

@@ -33,7 +33,7 @@ class InitSettings(LearningSettings):
     limit: int = Field(default=0, ge=0)
     """Read only so many lines; 0 reads all."""
 
-    learning_rate: float = Field(default=2e-5, gt=0)
+    learning_rate: float = Field(default=5e-5, gt=0)
     """Learning rate of the body."""
 
     learning_rate_decay: Literal["none", "linear"] = "linear"

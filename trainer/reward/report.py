@@ -53,6 +53,8 @@ def run(settings: ReportSettings, stop: Callable[[], bool]) -> Path:
     pairs = _unseen(settings, store, version, stop)[: settings.limit]
     from trainer.judge import judge_by
 
+    runtime.quiet_transformers()
+
     def judged(path: Path) -> Judged:
         return judge_by(path, pairs, max_tokens=runtime.pass_tokens(settings.micro_batch_tokens), stop=stop)
 
