@@ -5,10 +5,10 @@
 
 Both start from the default model's body, and see the same tokens, pairs a step, epochs and learning rates: 5e-5, and
 5e-4 for the head, which TRL is given an optimizer for; both fall to zero over the run, TRL's default. The former was
-chosen on a fifth of the pairs to learn from, where both sides did better with it than with 2e-5. TRL computes in bf16
-with fp32 weights (its default, and faster than fp32). What else they do is their own: TRL's head begins at random; here
-it begins at zero, lengths are balanced, scores are held near zero, and the two responses of a pair share their prompt.
-300 pairs, chosen by hash, are held out. Steps take turns.
+chosen on a fifth of the pairs to learn from, where both sides did better with it than with 2e-5. TRL has fp32 weights
+and computes in bf16 (its default, and faster), but on processors without instructions for that. What else they do is
+their own: TRL's head begins at random; here it begins at zero, lengths are balanced, scores are held near zero, and the
+two responses of a pair share their prompt. 300 pairs, chosen by hash, are held out. Steps take turns.
 
 What is trained is kept in `--output`, and what is there is not trained again: a run that was broken off goes on with
 the seed that it was at, and one that `--only` named a side of with the other. Speeds are compared only where both took

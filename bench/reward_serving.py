@@ -49,6 +49,8 @@ PROMPT_WORDS, REPLY_WORDS = (20, 200), (10, 110)
 PROMPT_TOKENS, REPLY_TOKENS, CANDIDATES, PROMPTS = 300, 60, 4, 8
 """Of `four_vs_one`; prompts a round, of either kind."""
 BATCH_SIZES = (4, 8, 16)
+HOPELESS = 2.0
+"""A precision that takes so many times as long for one sequence is not tried further."""
 SECONDS = 120.0
 LIMIT = 2048
 TOLERANCE = 0.15
@@ -179,17 +181,26 @@ class Transformers:
 
     def choose(self, dialogues: Sequence[Dialogue]) -> str:
         """Takes the precision and the batch size that are fastest, and says which; the others are let go."""
-        took: dict[tuple[torch.dtype, int], float] = {}
+        shortest = min(dialogues, key=lambda one: len(self._dialogues.tokens(one)))
         for dtype in self._models:
+            self._run(dtype, 1, [shortest])
+        alone = {dtype: self._seconds(dtype, 1, [shortest]) for dtype in self._models}
+        # A processor without instructions for bf16 would take an hour to come last.
+        hopeful = [dtype for dtype, seconds in alone.items() if seconds < HOPELESS * min(alone.values())]
+        took: dict[tuple[torch.dtype, int], float] = {}
+        for dtype in hopeful:
             self._run(dtype, BATCH_SIZES[-1], dialogues)
             for size in BATCH_SIZES:
-                start = time.perf_counter()
-                self._run(dtype, size, dialogues)
-                took[dtype, size] = time.perf_counter() - start
+                took[dtype, size] = self._seconds(dtype, size, dialogues)
         self._fastest = min(took, key=lambda one: took[one])
         self._models = {self._fastest[0]: self._models[self._fastest[0]]}
         shown = (f"{len(dialogues) / took[one]:.1f} ({one[0]}, {one[1]} a batch)" for one in took)
         return f"Transformers, sequences/s: {', '.join(shown)}"
+
+    def _seconds(self, dtype: torch.dtype, size: int, dialogues: Sequence[Dialogue]) -> float:
+        start = time.perf_counter()
+        self._run(dtype, size, dialogues)
+        return time.perf_counter() - start
 
     async def scores(self, dialogues: Sequence[Dialogue]) -> list[float]:
         """[N] scores. Nothing else is done meanwhile."""

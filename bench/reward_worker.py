@@ -119,6 +119,8 @@ def train_trl(job: Job, pairs: list[Pair], folder: Path, turns: Turns) -> None:
     from transformers import AutoTokenizer, TrainerCallback
     from trl import RewardConfig, RewardTrainer
 
+    from trainer import kernels
+
     class Turned(TrainerCallback):  # type: ignore[misc]  # Transformers has no types here
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             turns.wait()
@@ -137,7 +139,7 @@ def train_trl(job: Job, pairs: list[Pair], folder: Path, turns: Turns) -> None:
         num_train_epochs=job.epochs,
         learning_rate=job.learning_rate,
         seed=job.seed,
-        bf16=True,
+        bf16=device != "cpu" or kernels.multiplies_bf16(),
         gradient_checkpointing=False,  # slower, and there is memory enough
         use_cpu=device == "cpu",
         max_length=None,

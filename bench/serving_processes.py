@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from services.engine import computing_dtype
 from tests.support import free_port
 from thumbwheel.stream import open_log, topics
 from thumbwheel.stream.broker import EmbeddedBroker
@@ -81,8 +82,11 @@ def environment(threads_bind: str = "auto") -> dict[str, str]:
 
 def engine_arguments(model: Path, port: int) -> list[str]:
     """The engine as our service's defaults have it."""
+    import torch
+
+    dtype = computing_dtype(on_cpu=not torch.cuda.is_available())
     return [
-        *("--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"),
+        *("--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype),
         *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS), "--enforce-eager"),
     ]
 

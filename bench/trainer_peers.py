@@ -1,8 +1,9 @@
 """The peers of `bench/trainer.py`: TRL's trainers as they come, and bare PyTorch loops with the tricks that ours uses.
 
-TRL runs in the precision that is its fastest on a CPU, bf16, without recomputing activations. The bare loops have what
-makes ours fast (shared prompts, lengths that go together, logits at responses alone, the two operations of `kernels`,
-bf16 weights with fp32 master weights, gradients added up in fp32) and nothing around it: no DeepSpeed, no objectives.
+TRL runs in the precision that is its fastest on this CPU, bf16 or fp32, without recomputing activations. The bare loops
+have what makes ours fast (shared prompts, lengths that go together, logits at responses alone, the two operations of
+`kernels`, bf16 weights with fp32 master weights, gradients added up in fp32) and nothing around it: no DeepSpeed, no
+objectives.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from bench.trainer_sides import BATCH_SIZE, BETA, KL_WEIGHT, MAX_LENGTH, RATE, ROLLOUTS, Commands
 from trainer import batch as batches
-from trainer import models
+from trainer import kernels, models
 from trainer.batch import Batch
 from trainer.samples import Group, Pair
 
@@ -136,7 +137,7 @@ def _trl(**more: Any) -> dict[str, Any]:
     return {
         "output_dir": tempfile.mkdtemp(),
         "use_cpu": True,
-        "bf16": True,
+        "bf16": kernels.multiplies_bf16(),
         "learning_rate": RATE,
         "lr_scheduler_type": "constant",
         "adam_beta2": 0.95,

@@ -62,7 +62,7 @@ class Engine:
                 kwargs["block_size"] = 32
         args = AsyncEngineArgs(
             model=str(version.path),
-            dtype=_dtype(on_cpu=current_platform.is_cpu()),
+            dtype=computing_dtype(on_cpu=current_platform.is_cpu()),
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
             enforce_eager=current_platform.is_cpu(),
@@ -159,9 +159,10 @@ class Engine:
         await asyncio.to_thread(self.llm.shutdown)
 
 
-def _dtype(*, on_cpu: bool) -> str:
+def computing_dtype(*, on_cpu: bool) -> str:
+    """What vLLM is to compute in. Without instructions for bf16 a processor is many times slower in it than in fp32.
+    Weights are the same numbers in either, and take twice the memory.
+    """
     import torch
 
-    # Without instructions for bf16 a processor is many times slower in it than in fp32. Weights are the same numbers in
-    # either, and take twice the memory.
     return "float32" if on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported() else "bfloat16"

@@ -19,4 +19,4 @@ def test_a_processor_without_instructions_for_bf16_computes_in_fp32(
 ) -> None:
     operations = SimpleNamespace(mkldnn=SimpleNamespace(_is_mkldnn_bf16_supported=lambda: instructions))
     monkeypatch.setattr(torch, "ops", operations)
-    assert engine._dtype(on_cpu=on_cpu) == expected
+    assert engine.computing_dtype(on_cpu=on_cpu) == expected
