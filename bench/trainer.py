@@ -79,8 +79,10 @@ class Side:
         deadline = time.monotonic() + _ANSWER_SECONDS
         while not select.select([self._answers], [], [], 1.0)[0]:
             if self._process.poll() is not None or time.monotonic() > deadline:
+                ended = self._process.poll()
+                what = "did not answer" if ended is None else f"ended with {ended}"
                 raise errors.Unavailable(
-                    f"{self.name} ended, or did not answer; its log ends:\n{self.log.read_text()[-3000:]}",
+                    f"{self.name} {what}; its log ends:\n{self.log.read_text()[-3000:]}",
                     remedy="Free some memory, and try again.",
                 )
         found: dict[str, float] = json.loads(self._answers.readline())
