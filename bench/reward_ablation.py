@@ -19,7 +19,7 @@ import numpy as np
 
 from bench import harness
 from bench.reward_data import Data, load, path_given
-from bench.reward_model import Trained, add_arguments, mean, settings_of, train
+from bench.reward_model import Trained, add_arguments, mean, settings_of, took_turns, train
 from trainer import calibration
 
 
@@ -62,7 +62,7 @@ def main() -> None:
         trained = train(data, VARIANTS, seed=seed, label=f"seed {seed}", **settings_of(arguments))
         for name, result in trained.items():
             rows[name].append(measure(data, result))
-        for name, speed in speeds.items():
+        for name, speed in speeds.items() if took_turns(trained) else ():
             for rates in zip(trained[name].rates(), trained[ALL].rates(), strict=True):
                 speed.add(*rates)
     means = {name: {key: mean([row[key] for row in found]) for key in found[0]} for name, found in rows.items()}
@@ -75,7 +75,7 @@ def main() -> None:
         for key in ("accuracy", "length correlation")
         if means[ALL][key]
     }
-    harness.report("reward-ablation", list(speeds.values()), arguments.seeds, also)
+    harness.report("reward-ablation", [one for one in speeds.values() if one.ours], arguments.seeds, also)
 
 
 if __name__ == "__main__":

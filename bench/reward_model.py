@@ -184,6 +184,11 @@ def train(
     return results
 
 
+def took_turns(trained: Mapping[str, Trained]) -> bool:
+    """Whether all of them did, together: only then can their speeds be compared."""
+    return len({result.run for result in trained.values()}) == 1 < len(trained)
+
+
 def _digest(job: Job) -> str:
     return hashlib.sha256(json.dumps(dataclasses.asdict(job), sort_keys=True).encode()).hexdigest()[:16]
 
@@ -220,7 +225,7 @@ def main() -> None:
     for seed in range(arguments.seeds):
         variants = {who: {"who": who} for who in ([arguments.only] if arguments.only else SIDES)}
         trained = train(data, variants, seed=seed, label=f"seed {seed}", **settings_of(arguments))
-        if len({result.run for result in trained.values()}) == 1 < len(trained):
+        if took_turns(trained):
             for rates in zip(trained["ours"].rates(), trained["trl"].rates(), strict=True):
                 speed.add(*rates)
         for name, result in trained.items():
