@@ -54,9 +54,13 @@ def reload(model: Path) -> Callable[[], None]:
     """vLLM's own reload of a model's weights."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    import torch
     import vllm
 
-    llm = vllm.LLM(model=str(model), enforce_eager=True, max_model_len=512, dtype="bfloat16", disable_log_stats=True)
+    from services.engine import computing_dtype
+
+    dtype = computing_dtype(on_cpu=not torch.cuda.is_available())  # as ours
+    llm = vllm.LLM(model=str(model), enforce_eager=True, max_model_len=512, dtype=dtype, disable_log_stats=True)
     return lambda: (llm.collective_rpc("reload_weights", kwargs={"weights_path": str(model)}), None)[1]
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -104,15 +105,24 @@ class Postgres:
         except psutil.NoSuchProcess:
             return []
 
-    def signal(self, number: int) -> None:
-        """Sends all of it a signal: SIGSTOP is a disk that does not answer."""
+    def _signal(self, number: int) -> None:
+        """Sends all of it a signal."""
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
 
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """None of it goes on, as where its disk does not answer."""
+        self._signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """kill -9 of all of it at once, as when the machine loses power with its disk's cache intact."""
-        self.signal(signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         self.popen.wait(_SECONDS)
 
     def remove(self) -> None:

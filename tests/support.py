@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -248,6 +248,18 @@ class Process:
         """Messages logged as errors."""
         entries = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
         return [entry["message"] for entry in entries if entry["level"] in ("error", "critical")]
+
+
+@contextlib.contextmanager
+def stopped(child: int | None) -> Iterator[None]:
+    """A process of ours that does not answer, with all its threads; afterwards it goes on."""
+    assert child is not None, "it runs"
+    os.kill(child, signal.SIGSTOP)
+    os.waitid(os.P_PID, child, os.WSTOPPED)  # until all its threads have: a busy machine takes its time
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGCONT)
 
 
 def announce(producer: Producer, manifest: CheckpointManifest, manifest_sha256: str) -> None:

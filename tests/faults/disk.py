@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -70,11 +69,8 @@ def _told_both(refusals: list[str]) -> bool:
 @contextlib.contextmanager
 def _stalled(made: Cluster) -> Iterator[None]:
     if made.postgres is not None:
-        made.postgres.signal(signal.SIGSTOP)
-        try:
+        with made.postgres.stopped():
             yield
-        finally:
-            made.postgres.signal(signal.SIGCONT)
         return
     inbox = inbox_path(made.file)
     with contextlib.closing(sqlite3.connect(inbox, timeout=_SECONDS, isolation_level=None)) as other:

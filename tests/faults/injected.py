@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import resource
-import signal
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
@@ -15,6 +14,7 @@ import psutil
 import psycopg
 
 from services.collector.sqlite import inbox_path
+from tests import support
 from tests.faults.cluster import Cluster
 from tests.faults.proxy import Fault
 
@@ -56,11 +56,8 @@ async def killed(made: Cluster) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def stopped(made: Cluster) -> AsyncIterator[None]:
-    made.collector.popen.send_signal(signal.SIGSTOP)
-    try:
+    with support.stopped(made.collector.popen.pid):
         yield
-    finally:
-        made.collector.popen.send_signal(signal.SIGCONT)
 
 
 @contextlib.asynccontextmanager
@@ -81,11 +78,8 @@ async def without_database(made: Cluster) -> AsyncIterator[None]:
 @contextlib.asynccontextmanager
 async def database_stopped(made: Cluster) -> AsyncIterator[None]:
     assert made.postgres is not None
-    made.postgres.signal(signal.SIGSTOP)
-    try:
+    with made.postgres.stopped():
         yield
-    finally:
-        made.postgres.signal(signal.SIGCONT)
 
 
 @contextlib.asynccontextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,7 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.support import Process, free_port
+from tests.support import Process, free_port, stopped
 from tests.unit.services.collector import parts
 from tests.unit.services.collector.parts import Deployment
 from thumbwheel.stream import open_log, topics
@@ -133,14 +131,12 @@ def test_killed_between_commit_and_publish(stack: Stack) -> None:
     stack.wait_joined(first)
     stack.comparisons(set(first))
     # From here the broker acknowledges nothing: what is committed cannot be published.
-    assert stack.broker.pid is not None
-    os.kill(stack.broker.pid, signal.SIGSTOP)
-    acked = first + [stack.submit(one).feedback_id for one in feedback[20:]]
-    stack.wait_joined(acked)
-    states = {record.state for record in stack.find(acked[20:])}
-    assert states == {FeedbackState.FEEDBACK_STATE_ACCEPTED}
-    stack.collector.kill()
-    os.kill(stack.broker.pid, signal.SIGCONT)
+    with stopped(stack.broker.pid):
+        acked = first + [stack.submit(one).feedback_id for one in feedback[20:]]
+        stack.wait_joined(acked)
+        states = {record.state for record in stack.find(acked[20:])}
+        assert states == {FeedbackState.FEEDBACK_STATE_ACCEPTED}
+        stack.collector.kill()
     stack.start()
     events = stack.comparisons(set(acked))
     for id, one in zip(acked, feedback, strict=True):

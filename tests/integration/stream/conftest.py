@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +11,7 @@ from typing import Protocol
 
 import pytest
 
+from tests.support import stopped
 from thumbwheel.stream.broker import EmbeddedBroker
 from thumbwheel.stream.kafka import KafkaLog
 from thumbwheel.stream.log import Consumer, Log, Producer, Record, Topic, TopicPartition
@@ -28,12 +28,8 @@ class Rig(Protocol):
 
     log: Log
 
-    def pause(self) -> None:
-        """The broker does not answer any more."""
-        ...
-
-    def resume(self) -> None:
-        """It answers again, and has what it had."""
+    def away(self) -> contextlib.AbstractContextManager[None]:
+        """The broker does not answer; afterwards it does again, and has what it had."""
         ...
 
     def restart(self) -> None:
@@ -50,11 +46,13 @@ class MemoryRig:
         self.memory = MemoryLog(queue_size=QUEUE, delivery_timeout=DELIVERY_TIMEOUT)
         self.log: Log = self.memory
 
-    def pause(self) -> None:
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
         self.memory.stop()
-
-    def resume(self) -> None:
-        self.memory.start()
+        try:
+            yield
+        finally:
+            self.memory.start()
 
     def restart(self) -> None:
         self.memory.stop()
@@ -77,14 +75,8 @@ class KafkaRig:
             request_timeout=1.0,
         )
 
-    def pause(self) -> None:
-        assert self.broker.pid is not None
-        os.kill(self.broker.pid, signal.SIGSTOP)
-        os.waitid(os.P_PID, self.broker.pid, os.WSTOPPED)  # until all its threads have: a busy machine takes its time
-
-    def resume(self) -> None:
-        assert self.broker.pid is not None
-        os.kill(self.broker.pid, signal.SIGCONT)
+    def away(self) -> contextlib.AbstractContextManager[None]:
+        return stopped(self.broker.pid)
 
     def restart(self) -> None:
         self.broker.kill()

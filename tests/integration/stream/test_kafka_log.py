@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +12,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
+from tests.support import stopped
 from thumbwheel import errors
 from thumbwheel.stream import open_log
 from thumbwheel.stream.broker import EmbeddedBroker
@@ -32,18 +30,6 @@ T = "thumbwheel.test.v1"
 def broker(tmp_path: Path) -> Iterator[EmbeddedBroker]:
     with EmbeddedBroker(port=0, log=tmp_path / "broker.log") as started:
         yield started
-
-
-@contextlib.contextmanager
-def stopped(broker: EmbeddedBroker) -> Iterator[None]:
-    """A broker that does not answer, with all its threads."""
-    assert broker.pid is not None
-    os.kill(broker.pid, signal.SIGSTOP)
-    os.waitid(os.P_PID, broker.pid, os.WSTOPPED)
-    try:
-        yield
-    finally:
-        os.kill(broker.pid, signal.SIGCONT)
 
 
 @pytest.fixture
@@ -221,7 +207,7 @@ def test_no_client_is_given_up_while_no_broker_answers_any(
     consumer.poll(SECONDS)
     assert consumer.poll(2.0) == []  # brokers have answered for longer than a client may be silent
     before = metric("thumbwheel_stream_consumers_renewed_total")
-    with stopped(broker):
+    with stopped(broker.pid):
         waiting = producer.send(T, b"k", b"late")
         assert consumer.poll(2.0) == []
         assert isinstance(waiting.exception(SECONDS), errors.Unavailable)
@@ -237,7 +223,7 @@ def test_what_comes_after_a_record_that_was_given_up_does_not_wait_for_it(broker
     log.ensure_topics([Topic(T, 1)], SECONDS)
     producer = log.producer()
     producer.send(T, b"k", b"before").result(SECONDS)
-    with stopped(broker):
+    with stopped(broker.pid):
         for value in (b"late", b"later"):
             assert isinstance(producer.send(T, b"k", value).exception(SECONDS), errors.Unavailable)
     producer.send(T, b"k", b"after").result(SECONDS)

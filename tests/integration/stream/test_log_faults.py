@@ -14,26 +14,24 @@ from thumbwheel.stream.log import LossDetector, Position, Topic, TopicPartition
 def test_a_commit_does_not_fail_while_the_broker_is_away(rig: Rig, topic: str) -> None:
     consumer = rig.log.consumer([topic], group="g")
     assert consumer.poll(0.1) == []
-    rig.pause()
-    began = time.monotonic()
-    consumer.commit({TopicPartition(topic, 0): 0})
-    assert time.monotonic() - began < 0.1
-    rig.resume()
+    with rig.away():
+        began = time.monotonic()
+        consumer.commit({TopicPartition(topic, 0): 0})
+        assert time.monotonic() - began < 0.1
     consumer.close()
 
 
 def test_a_full_queue_refuses_at_once_and_keeps_what_it_has(rig: Rig, topic: str) -> None:
     producer = rig.log.producer()
     send(producer, [b"before"])
-    rig.pause()
-    began = time.monotonic()
-    futures = [producer.send(topic, b"k", b"%d" % n) for n in range(QUEUE + 1)]
-    assert time.monotonic() - began < 1.0
-    with pytest.raises(errors.ResourceExhausted) as full:
-        futures[-1].result(0)
-    assert full.value.retry_after > 0
-    assert not any(f.done() for f in futures[:-1])
-    rig.resume()
+    with rig.away():
+        began = time.monotonic()
+        futures = [producer.send(topic, b"k", b"%d" % n) for n in range(QUEUE + 1)]
+        assert time.monotonic() - began < 1.0
+        with pytest.raises(errors.ResourceExhausted) as full:
+            futures[-1].result(0)
+        assert full.value.retry_after > 0
+        assert not any(f.done() for f in futures[:-1])
     offsets = [f.result(SECONDS).offset for f in futures[:-1]]
     assert offsets == list(range(1, QUEUE + 1))
     producer.close(SECONDS)
@@ -45,10 +43,9 @@ def test_many_at_once_are_as_one_after_the_other(rig: Rig, topic: str) -> None:
     values = [b"%d" % n for n in range(20)]
     outcomes = producer.send_all([(topic, b"k", value, (("n", value),)) for value in values]).result(SECONDS)
     assert [outcome.offset for outcome in outcomes if isinstance(outcome, Position)] == list(range(20))
-    rig.pause()
-    one_too_many = producer.send_all([(topic, b"k", b"late", ())] * (QUEUE + 1)).result(SECONDS)
-    assert [type(outcome) for outcome in one_too_many] == [errors.Unavailable] * QUEUE + [errors.ResourceExhausted]
-    rig.resume()
+    with rig.away():
+        one_too_many = producer.send_all([(topic, b"k", b"late", ())] * (QUEUE + 1)).result(SECONDS)
+        assert [type(outcome) for outcome in one_too_many] == [errors.Unavailable] * QUEUE + [errors.ResourceExhausted]
     consumer = rig.log.consumer([topic], group="g")
     got = read_until(consumer, lambda got: len(got) >= 20)[:20]
     assert [(record.value, record.headers) for record in got] == [(value, (("n", value),)) for value in values]
@@ -59,12 +56,11 @@ def test_many_at_once_are_as_one_after_the_other(rig: Rig, topic: str) -> None:
 def test_a_record_is_given_up_at_its_deadline(rig: Rig, topic: str) -> None:
     producer = rig.log.producer()
     send(producer, [b"before"])
-    rig.pause()
-    began = time.monotonic()
-    with pytest.raises(errors.Unavailable, match=topic):
-        producer.send(topic, b"k", b"v").result(SECONDS)
-    assert DELIVERY_TIMEOUT <= time.monotonic() - began < DELIVERY_TIMEOUT + 5.0
-    rig.resume()
+    with rig.away():
+        began = time.monotonic()
+        with pytest.raises(errors.Unavailable, match=topic):
+            producer.send(topic, b"k", b"v").result(SECONDS)
+        assert DELIVERY_TIMEOUT <= time.monotonic() - began < DELIVERY_TIMEOUT + 5.0
     send(producer, [b"after"])
     producer.close(SECONDS)
 
@@ -72,16 +68,15 @@ def test_a_record_is_given_up_at_its_deadline(rig: Rig, topic: str) -> None:
 def test_calls_that_need_the_broker_have_deadlines(rig: Rig, topic: str) -> None:
     consumer = rig.log.consumer([topic], group="g")
     consumer.poll(0.1)
-    rig.pause()
-    for call in (
-        lambda: rig.log.ensure_topics([Topic("x")], 0.3),
-        lambda: rig.log.topic_ids([topic], 0.3),
-        consumer.end_offsets,
-    ):
-        with pytest.raises(errors.Unavailable):
-            call()
-    assert consumer.poll(0.2) == []
-    rig.resume()
+    with rig.away():
+        for call in (
+            lambda: rig.log.ensure_topics([Topic("x")], 0.3),
+            lambda: rig.log.topic_ids([topic], 0.3),
+            consumer.end_offsets,
+        ):
+            with pytest.raises(errors.Unavailable):
+                call()
+        assert consumer.poll(0.2) == []
     consumer.close()
 
 
@@ -91,10 +86,9 @@ def test_a_broker_that_comes_back_with_its_log_is_no_loss(rig: Rig) -> None:
     assert not detector.seen(rig.log.topic_ids([T], SECONDS))
     assert not detector.acked(producer.send(T, b"k", b"0").result(SECONDS))
     read(consumer, 1)
-    rig.pause()
-    waiting = producer.send(T, b"k", b"1")
-    assert consumer.poll(0.5) == []
-    rig.resume()
+    with rig.away():
+        waiting = producer.send(T, b"k", b"1")
+        assert consumer.poll(0.5) == []
     assert not detector.acked(waiting.result(SECONDS))
     assert not detector.seen(rig.log.topic_ids([T], SECONDS))
     assert not detector.acked(producer.send(T, b"k", b"2").result(SECONDS))
