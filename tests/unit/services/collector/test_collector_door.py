@@ -8,7 +8,6 @@ import itertools
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from pathlib import Path
 
 import pytest
 import sqlalchemy
@@ -30,7 +29,7 @@ from services.collector.taking import Taking
 from tests.unit.services.collector import parts
 from tests.unit.services.collector.parts import A, B, Deployment
 from thumbwheel import errors
-from thumbwheel.v1.preference_pb2 import AspectPreference, Feedback
+from thumbwheel.v1.preference_pb2 import Feedback
 
 Admit = Callable[[Feedback], "asyncio.Task[Acknowledged]"]
 
@@ -89,12 +88,6 @@ async def test_what_is_acknowledged_is_in_the_file(
     acknowledged = await admit(parts.thumb(deployment.generation(), key="k"))
     assert acknowledged.changed
     assert in_file(settings) == ["k"]
-
-
-def test_the_disk_is_waited_for(database: Database) -> None:
-    with database.door() as connection:
-        for name, value in (("synchronous", 2), ("journal_mode", "wal"), ("secure_delete", 1)):
-            assert connection.exec_driver_sql(f"PRAGMA door.{name}").scalar_one() == value
 
 
 async def test_what_comes_during_a_commit_shares_the_next(
@@ -349,29 +342,6 @@ async def test_closing_makes_durable_what_waits(
         await door.admit(offers[0])
 
 
-async def test_many_cost_as_many_statements_as_few(
-    admit: Admit, database: Database, deployment: Deployment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    statements: list[str] = []
-
-    def note(*called: object) -> None:
-        statements.append(str(called[2]))
-
-    def counted(number: int) -> int:
-        checker = Checker(deployment.key, 1_000)
-        pieces = [parts.comparison(*deployment.pair(), user=f"user-{i}") for i in range(number)]
-        for piece in pieces:
-            piece.comparison.aspects.append(AspectPreference(aspect="fluency", preference=A))
-        incoming = [Incoming(checker.check(one, tenant="default")) for one in pieces]
-        statements.clear()
-        database.write_inbox_now(lambda connection: acknowledging.acknowledge(connection, incoming))
-        return len(statements)
-
-    sqlalchemy.event.listen(database._engine, "before_cursor_execute", note)
-    counted(1)  # attaches
-    assert counted(2) == counted(96) <= 5
-
-
 @pytest.fixture
 def old(settings: CollectorSettings) -> Iterator[Connection]:
     engine = sqlalchemy.create_engine(settings.database_url)
@@ -392,11 +362,6 @@ async def test_the_schema_goes_back_only_when_nothing_waits(
     migrate(old, down_to="0003")
     migrate(old)
     assert old.exec_driver_sql("SELECT count(*) FROM feedback").scalar_one() == 1
-
-
-def test_the_inbox_is_beside_the_record(settings: CollectorSettings, database: Database) -> None:
-    assert inbox_path(Path("/x/collector.db")) == Path("/x/collector-inbox.db")
-    assert inbox_path(settings.home / "collector.db").is_file()
 
 
 async def test_a_moment_is_quiet_when_nobody_waits_and_nobody_came(
